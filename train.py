@@ -1,0 +1,717 @@
+"""Train a model with ORPO: a script, in the order in which things happen.
+
+    python train.py                                                  # the built-in demo, on a CPU, in about a minute
+    python train.py --model MODEL --data FILE                        # a Hugging Face directory or hub id, preference pairs
+    torchrun --nproc_per_node=8 train.py --model mistralai/Mistral-7B-v0.1 --data argilla/ultrafeedback-binarized-preferences-cleaned
+    python train.py --resume                                         # go on exactly where the newest checkpoint ended
+    python train.py --help                                           # every flag, its default and unit
+
+The trajectory does not depend on the hardware: a step is the next `batch_size` pairs of the epoch's order, however many packs,
+micro-steps and ranks compute it, and its losses are sums divided once by the counts of the whole step.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from data import UserError
+from model import FAMILIES, Config, Transformer
+from orpo import METRICS, orpo_loss
+from sample import continuations, text_after
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags. Names are TRL's and transformers' where they have one.
+
+
+def flag(default, text, choices=None, changes_run=True):
+    """A field of Flags. changes_run: a resumed run may not have another value."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "changes_run": changes_run})
+
+
+@dataclass
+class Flags:
+    # model and data
+    model: str = flag("", "directory or hub id; empty: the demo's tiny decoder from random weights")
+    revision: str = flag("", "branch, tag or commit of a hub id, such as refs/pr/1")
+    data: list = flag((), "preference pairs: .jsonl, .jsonl.gz, .json, .parquet, or a hub data set id[:split]; repeatable; empty: the demo's")
+    eval_data: list = flag((), "pairs to evaluate on, in the same forms; repeatable")
+    eval_pairs: int = flag(-1, "pairs held out of --data for evaluation; -1: a tenth, at most 200, or none with --eval_data")
+    # the objective
+    beta: float = flag(0.1, "weight of the odds ratio loss: lambda in the paper, alpha in the authors' code, beta in TRL; 0: plain SFT")
+    prompt_loss: bool = flag(True, "L_SFT over prompt + chosen (authors' code, TRL); --no-prompt_loss: over the chosen response alone (paper)")
+    output_router_logits: bool = flag(False, "mixtures of experts: add the load-balancing loss even if config.json does not ask for it")
+    # the optimizer
+    learning_rate: float = flag(5e-6, "peak learning rate of AdamW (the authors: 5e-6 to 2e-5 at 1B to 7B)")
+    lr_scheduler_type: str = flag("linear", "what follows the warmup", ("linear", "cosine", "inverse_sqrt", "constant"))
+    warmup_steps: int = flag(0, "steps from 0 to the peak; over --warmup_ratio if positive")
+    warmup_ratio: float = flag(0.1, "the same as a fraction of all steps")
+    weight_decay: float = flag(0.0, "decoupled; matrices only, not norms and biases")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
+    # how much
+    num_train_epochs: float = flag(3.0, "passes over the pairs", changes_run=False)
+    max_steps: int = flag(0, "optimizer steps; over --num_train_epochs if positive", changes_run=False)
+    batch_size: int = flag(32, "pairs per optimizer step, over all devices")
+    # lengths, in tokens
+    max_length: int = flag(1024, "longest prompt + response")
+    max_prompt_length: int = flag(512, "what a prompt is cut to when prompt + longer response exceed --max_length")
+    truncation_mode: str = flag("keep_end", "which end of a cut prompt stays", ("keep_end", "keep_start"))
+    # the machine
+    max_tokens: int = flag(8192, "tokens per packed micro-batch per device: the memory knob, without effect on the result", changes_run=False)
+    dtype: str = flag("", "precision of the computation; parameters stay float32; default: bfloat16 on GPUs that have it, else float32", ("bfloat16", "float32"))
+    gradient_checkpointing: bool = flag(False, "recompute each block in the backward: a quarter more time, much less memory", changes_run=False)
+    compile: bool = flag(False, "torch.compile the blocks: faster on GPUs after a minute's start", changes_run=False)
+    seed: int = flag(0, "of the epochs' orders, the held-out pairs and the demo's weights")
+    # output
+    output_dir: str = flag("out", "metrics.jsonl, checkpoints and the final model go here", changes_run=False)
+    overwrite_output_dir: bool = flag(False, "discard the run that --output_dir holds", changes_run=False)
+    resume: bool = flag(False, "go on from the newest checkpoint in --output_dir; flags not given are the recorded ones", changes_run=False)
+    logging_steps: int = flag(10, "steps per line of metrics.jsonl, which gives their mean", changes_run=False)
+    eval_steps: int = flag(100, "steps between evaluations; there is always one before the first step and one at the end; 0: none", changes_run=False)
+    save_steps: int = flag(500, "steps between checkpoints; there is always one at the end; 0: none at all", changes_run=False)
+    save_total_limit: int = flag(2, "checkpoints kept, the newest ones; 0: all", changes_run=False)
+    save_dtype: str = flag("", "of the final weights; default: as the model came", ("bfloat16", "float16", "float32"), changes_run=False)
+    generate_during_eval: int = flag(0, "answers to this many evaluation prompts shown at each evaluation and kept in samples.jsonl", changes_run=False)
+    report_to: str = flag("none", "also log to", ("none", "tensorboard", "wandb"), changes_run=False)
+    push_to_hub: str = flag("", "repository to upload the final model to, with a model card", changes_run=False)
+    dry_run: bool = flag(False, "read and tokenize, show what would be trained of the first pairs, and end", changes_run=False)
+    debug: bool = flag(False, "show tracebacks", changes_run=False)
+
+
+GROUPS = {"model": "model and data", "beta": "objective", "learning_rate": "optimizer", "num_train_epochs": "how much",
+          "max_length": "lengths, in tokens", "max_tokens": "machine", "output_dir": "output"}  # a group begins at its first flag
+# What the demo sets where nothing is said: a tiny model needs a larger learning rate, and its task shows more at a larger beta.
+DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, num_train_epochs=8.0, max_length=64, max_prompt_length=32, eval_steps=250, logging_steps=50)
+DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                  max_position_embeddings=256, tie_word_embeddings=True)
+BAD_STEPS = 5  # this many steps in a row without a finite gradient end the run
+# dense bf16 peak by name, in operations per second (vendors' data sheets, without sparsity)
+PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def parse(arguments):
+    """Command line -> (Flags, names of the flags that were given). Exits with status 2 and one line where a value cannot be right."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def refuse(message):
+        print(f"train.py: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = lambda message: refuse(f"{message}; see python train.py --help")
+    for field in dataclasses.fields(Flags):
+        text, choices = field.metadata["help"], field.metadata["choices"]
+        group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
+        shown = "" if field.default in ("", ()) or field.type is bool else f" (default: {field.default:g})" if field.type in (int, float) else f" (default: {field.default})"
+        shown += f"; in the demo {DEMO[field.name]:g}" if field.name in DEMO else ""
+        if field.type is bool:
+            negatable = argparse.BooleanOptionalAction if field.default else "store_true"
+            group.add_argument(f"--{field.name}", action=negatable, help=text)
+        elif field.type is list:
+            group.add_argument(f"--{field.name}", action="extend", nargs="+", metavar="FILE", help=text)
+        else:
+            group.add_argument(f"--{field.name}", type=field.type, choices=choices, metavar=None if choices else field.type.__name__.upper(), help=text + shown)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{f.name}" for f in dataclasses.fields(Flags)], 1)
+        refuse(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "; see python train.py --help"))
+    given = vars(known)
+    flags = Flags(**(DEMO if not given.get("model") and not given.get("data") else {}) | given)
+    at_least = dict(eval_pairs=-1, beta=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_steps=0, batch_size=1, max_length=2, max_prompt_length=1,
+                    max_tokens=1, logging_steps=1, eval_steps=0, save_steps=0, save_total_limit=0, generate_during_eval=0, seed=0)
+    for name, least in at_least.items():
+        if not (least <= getattr(flags, name) < math.inf):
+            refuse(f"--{name} {getattr(flags, name)}: must be at least {least}")
+    for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
+        if not (0 < getattr(flags, name) < math.inf):
+            refuse(f"--{name} {getattr(flags, name)}: must be positive")
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        if not 0 <= getattr(flags, name) < 1:
+            refuse(f"--{name} {getattr(flags, name)}: must be at least 0 and below 1")
+    if flags.max_prompt_length >= flags.max_length:
+        refuse(f"--max_prompt_length {flags.max_prompt_length}: must be smaller than --max_length {flags.max_length}, or no room is left for a response")
+    if flags.resume and flags.overwrite_output_dir:
+        refuse("--resume and --overwrite_output_dir contradict each other")
+    if flags.eval_pairs > 0 and flags.eval_data:
+        refuse("--eval_pairs and --eval_data: give one of the two")
+    return flags, set(given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a run: complete or absent, never half.
+
+OWN_FILES = ("metrics.jsonl", "samples.jsonl", "train_config.json")
+
+
+def write_directory(path, write):
+    """Make a directory whole: write(temporary) fills it; it is flushed to the disk, with a manifest of sizes and checksums, then renamed."""
+    temporary = path + ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        write(temporary)
+        manifest = {name: {"size": os.path.getsize(os.path.join(temporary, name)), "sha256": checksum(os.path.join(temporary, name))} for name in sorted(os.listdir(temporary))}
+        write_json(os.path.join(temporary, "manifest.json"), manifest)
+        for name in [*manifest, "manifest.json", ""]:
+            flush(os.path.join(temporary, name))
+        if os.path.exists(path):
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        flush(os.path.dirname(path))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{path}: could not be written ({error}); make room or choose another --output_dir, then --resume from the checkpoint before it") from error
+
+
+def flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def checksum(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+
+
+def checkpoints(output_dir):
+    """{step: directory} of the checkpoints there, oldest first."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = sorted(int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit())
+    return {step: os.path.join(output_dir, f"checkpoint-{step}") for step in steps}
+
+
+def damage(directory):
+    """What is wrong with a checkpoint, in words; empty if every file is as its manifest says."""
+    try:
+        manifest = data.read_json(os.path.join(directory, "manifest.json"))
+        for name, entry in manifest.items():
+            path = os.path.join(directory, name)
+            if os.path.basename(name) != name or not os.path.isfile(path):
+                return f"{name} is missing"
+            if os.path.getsize(path) != entry["size"] or checksum(path) != entry["sha256"]:
+                return f"{name} is not what was written"
+        return "" if {"state.json", "optimizer.safetensors", "config.json"} <= manifest.keys() else "its manifest is incomplete"
+    except (UserError, OSError, TypeError, KeyError) as error:
+        return f"its manifest cannot be used ({error})"
+
+
+def newest_checkpoint(output_dir):
+    """The newest checkpoint that is whole; damaged ones are reported and passed over. Raises UserError where there is none."""
+    for directory in reversed(checkpoints(output_dir).values()):
+        wrong = damage(directory)
+        if not wrong:
+            return directory
+        print(f"{directory} is damaged ({wrong}): going back to the one before it", file=sys.stderr)
+    raise UserError(f"{output_dir}: no checkpoint to resume from; start afresh without --resume" + (" (with --overwrite_output_dir)" if os.path.exists(output_dir) else ""))
+
+
+def cut_back(path, step):
+    """Drop the lines of a .jsonl file that are later than `step`, and a last line that was cut off."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                break
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(path + ".part", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small parts of the loop.
+
+
+def learning_rate(flags, step, total):
+    """For step 0 .. total - 1. Warmup reaches the peak in its last step; the shapes after it are transformers'."""
+    warmup = flags.warmup_steps or math.ceil(flags.warmup_ratio * total)
+    if step < warmup:
+        return flags.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return flags.learning_rate * {
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "inverse_sqrt": math.sqrt((warmup or 10_000) / ((warmup or 10_000) + step - warmup)),
+        "constant": 1.0,
+    }[flags.lr_scheduler_type]
+
+
+def step_indices(count, batch_size, seed, step):
+    """Indices of the pairs of an optimizer step (the last of an epoch may be short), and the epochs done after it."""
+    per_epoch = math.ceil(count / batch_size)
+    epoch, place = divmod(step, per_epoch)
+    chosen = data.epoch_order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+    return chosen, epoch + min(count, (place + 1) * batch_size) / count
+
+
+def sft_tokens(spans, prompt_loss):
+    """Targets that L_SFT averages over, of pairs with the given spans: prompt and chosen, or chosen alone."""
+    return int(spans[:, 1].sum() + (spans[:, 0].sum() if prompt_loss else 0))
+
+
+def share_pairs(pairs, rank):
+    """The pairs that rank 0 read, on every rank: tokenizing is done once."""
+    sizes = torch.tensor([0] * 3 if pairs is None else [len(pairs.tokens), len(pairs.ends), len(pairs.rows)])
+    dist.broadcast(sizes, 0)
+    arrays = []
+    for name, size, dtype in zip(("tokens", "ends", "rows"), sizes.tolist(), (torch.int32, torch.int64, torch.int64)):
+        array = torch.from_numpy(np.array(getattr(pairs, name))) if rank == 0 else torch.empty(size, dtype=dtype)
+        dist.broadcast(array, 0)
+        arrays.append(array.numpy())
+    return data.Pairs(*arrays)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for the end: the step in hand is finished first. A second SIGINT ends at once."""
+
+    signal = 0
+
+    def __init__(self):
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def agreed(self, ranks):
+        """The signal that any rank has received, the same on all."""
+        if ranks == 1:
+            return self.signal
+        number = torch.tensor(self.signal)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+def reporter(flags):
+    """log(metrics, step) for --report_to."""
+    if flags.report_to == "none":
+        return lambda metrics, step: None
+    try:
+        if flags.report_to == "wandb":
+            import wandb
+
+            wandb.init(project="orpo", config=asdict(flags))
+            return lambda metrics, step: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--report_to {flags.report_to}: pip install {flags.report_to}") from error
+    writer = SummaryWriter(flags.output_dir)
+    return lambda metrics, step: [writer.add_scalar(key, value, step) for key, value in metrics.items() if key != "step"]
+
+
+def model_card(flags, final):
+    """README.md for the hub: method, beta, data, final metrics."""
+    rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in final.items())
+    base = f"base_model: {flags.model}\n" if flags.model and not os.path.exists(flags.model) else ""
+    return (f"---\n{base}tags: [orpo]\n---\n# {flags.push_to_hub.split('/')[-1]}\n\nTrained from `{os.path.basename(flags.model) or 'random weights'}` with ORPO "
+            f"(Odds Ratio Preference Optimization, [arXiv 2403.07691](https://arxiv.org/abs/2403.07691)), beta {flags.beta:g}, learning rate {flags.learning_rate:g}, "
+            f"{flags.batch_size} pairs a step, on {', '.join(f'`{os.path.basename(d) if os.path.exists(d) else d}`' for d in flags.data) or 'generated pairs'}.\n\n"
+            f"| metric | value |\n| --- | --- |\n{rows}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
+
+
+def main(flags, given):
+    # -- ranks and devices --------------------------------------------------------------------------------------------
+    rank, ranks, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    first = rank == 0
+    say = lambda text: tqdm.write(text) if first else None
+
+    # -- the output directory, and what an earlier run left there -----------------------------------------------------
+    out = flags.output_dir
+    checkpoint = None
+    if flags.resume:
+        step = torch.tensor(int(newest_checkpoint(out).rpartition("-")[2]) if first else 0)
+        if ranks > 1:
+            dist.broadcast(step, 0)
+        checkpoint = checkpoints(out)[int(step)]
+        recorded = data.read_json(os.path.join(checkpoint, "train_config.json"))
+        for field in dataclasses.fields(Flags):
+            if field.name not in recorded or field.name in ("resume", "debug", "output_dir", "overwrite_output_dir"):
+                continue
+            if field.name not in given:
+                setattr(flags, field.name, recorded[field.name])
+            elif field.metadata["changes_run"] and getattr(flags, field.name) != recorded[field.name]:
+                raise UserError(f"--{field.name} {getattr(flags, field.name)} would change the run, which has {recorded[field.name]}; leave it out, or start afresh in another --output_dir")
+    elif os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"{out}: --output_dir is a file; choose another")
+    elif os.path.isdir(out) and not (flags.overwrite_output_dir or flags.dry_run) and (checkpoints(out) or any(os.path.exists(os.path.join(out, name)) for name in OWN_FILES)):
+        raise UserError(f"{out}: holds a run already; go on with it (--resume), discard it (--overwrite_output_dir), or choose another --output_dir")
+    if not flags.dry_run:
+        try:
+            os.makedirs(out, exist_ok=True)
+            with open(os.path.join(out, f".writable-{rank}"), "w"):
+                pass
+            os.remove(os.path.join(out, f".writable-{rank}"))
+        except OSError as error:
+            raise UserError(f"{out}: --output_dir cannot be written to ({error.strerror})") from error
+    if not flags.dtype:
+        flags.dtype = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+
+    # -- model, tokenizer, pairs --------------------------------------------------------------------------------------
+    demo = not flags.model
+    tokenizer = data.demo_tokenizer() if demo else data.Tokenizer.from_pretrained(flags.model, revision=flags.revision or None)
+    pairs = held_out = None
+    if first:  # read and tokenized once; the other ranks get the arrays
+        if not flags.model and not flags.data:
+            say("No --model and no --data: the demo, a tiny decoder learns which of two numbers is larger.")
+        options = dict(max_length=flags.max_length, max_prompt_length=flags.max_prompt_length, truncation_mode=flags.truncation_mode, progress=sys.stderr.isatty())
+        rows = data.read_pairs(flags.data, progress=options["progress"]) if flags.data else data.demo_pairs(3200, flags.seed)
+        if not tokenizer.has_template and isinstance(rows[0]["chosen"], list):
+            say("The model has no chat template: conversations are written as <|user|> and <|assistant|> turns closed by EOS, and the template is saved with the model.")
+            tokenizer.has_template = True
+        pairs = data.tokenize_pairs(rows, tokenizer, **options)
+        say(f"{', '.join(flags.data) or 'demo pairs'}: {pairs.report}")
+        if flags.eval_data:
+            held_out = data.tokenize_pairs(data.read_pairs(flags.eval_data), tokenizer, **options)
+            say(f"{', '.join(flags.eval_data)}: {held_out.report}")
+        elif flags.eval_pairs:
+            count = flags.eval_pairs if flags.eval_pairs > 0 else min(200, len(pairs) // 10)
+            if count >= len(pairs):
+                raise UserError(f"--eval_pairs {count}: only {len(pairs)} pairs are there, and some must be left to train on")
+            order = np.random.default_rng([flags.seed, 2**32]).permutation(len(pairs))  # not the order of any epoch
+            if count:
+                pairs, held_out = pairs.select(np.sort(order[count:])), pairs.select(np.sort(order[:count]))
+                say(f"{count} pairs are held out for evaluation.")
+        if flags.dry_run:
+            for i in range(min(3, len(pairs))):
+                say(f"\nrow {pairs.rows[i]}\n{data.describe(pairs[i], tokenizer, flags.prompt_loss)}")
+            lengths = np.diff(pairs.ends, prepend=0).reshape(-1, 3)
+            say("\nmean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}; longest {}, {}, {}".format(*lengths.mean(0), *lengths.max(0)))
+    if flags.dry_run:
+        return 0
+    if ranks > 1:
+        pairs = share_pairs(pairs, rank)
+        evaluated = torch.tensor(held_out is not None and 1 or 0)
+        dist.broadcast(evaluated, 0)
+        held_out = share_pairs(held_out, rank) if evaluated else None
+    source = checkpoint or flags.model
+    if source:
+        model = Transformer.from_pretrained(source, revision=None if checkpoint else flags.revision or None)
+    else:
+        hf = DEMO_SHAPE | {"vocab_size": tokenizer.backend.get_vocab_size(), "eos_token_id": tokenizer.eos_id, "architectures": ["LlamaForCausalLM"]}
+        model = Transformer(Config.from_hf(hf), hf).initialise(flags.seed)
+    everything = [pairs] + [held_out] * (held_out is not None)
+    longest_tree = max(int(p.spans().sum(1).max()) for p in everything)
+    longest = max(int((p.spans()[:, :1] + p.spans()[:, 1:]).max()) + 1 for p in everything)
+    too_large = max(int(p.tokens.max()) for p in everything)
+    if too_large >= model.config.vocab_size:
+        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {model.config.vocab_size}: tokenizer and model do not belong together")
+    if model.max_positions and longest > model.max_positions:
+        raise UserError(f"a sequence of {longest} tokens does not fit the model's {model.max_positions} positions; use --max_length {model.max_positions} (and a smaller --max_prompt_length)")
+    if flags.max_tokens < longest_tree:
+        raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair needs {longest_tree}; use at least that, or cut pairs with --max_length")
+    model.gradient_checkpointing = flags.gradient_checkpointing
+    save_dtype = getattr(torch, flags.save_dtype) if flags.save_dtype else model.file_dtype
+    config = model.config
+    aux = bool(config.moe_layers) and (flags.output_router_logits or config.output_router_logits) and config.router_aux_loss_coef > 0
+    packing = dict(max_tokens=flags.max_tokens, prompt_loss=flags.prompt_loss, feed_last=aux)
+
+    # -- optimizer, and the state of a resumed run --------------------------------------------------------------------
+    model.to(device).train()
+    named = dict(model.named_parameters())
+    groups = [{"params": [p for p in named.values() if p.ndim > 1], "weight_decay": flags.weight_decay},
+              {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=flags.learning_rate, betas=(flags.adam_beta1, flags.adam_beta2), eps=flags.adam_epsilon, fused=True)
+    per_epoch = math.ceil(len(pairs) / flags.batch_size)
+    total = flags.max_steps or math.ceil(flags.num_train_epochs * per_epoch)
+    NAMES = METRICS + ("aux_loss",) * aux + ("grad_norm",)
+    window = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)  # sums over the steps since the last line, and how many
+    fingerprint = [zlib.crc32(p.tokens.tobytes(), zlib.crc32(p.ends.tobytes())) for p in everything]
+    start, in_a_row = 0, 0  # steps done; steps in a row without a finite gradient
+    if checkpoint:
+        state = data.read_json(os.path.join(checkpoint, "state.json"))
+        if state["data"] != fingerprint:
+            raise UserError(f"{checkpoint}: the pairs are not those that this run was started with; restore the data files, or start afresh in another --output_dir")
+        start, in_a_row, save_dtype = state["step"], state["in_a_row"], getattr(torch, flags.save_dtype or state["save_dtype"])
+        if first:
+            window += torch.tensor(state["window"], dtype=torch.float64, device=device)
+        moments = load_file(os.path.join(checkpoint, "optimizer.safetensors"))
+        for name, parameter in named.items():
+            optimizer.state[parameter] = {key: moments[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq", "step")}
+    if flags.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)  # one graph for all blocks and all lengths of a pack
+    network = DistributedDataParallel(model, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if ranks > 1 else model
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16")
+
+    # -- files --------------------------------------------------------------------------------------------------------
+    metrics_file = os.path.join(out, "metrics.jsonl")
+    if first:
+        for step, directory in checkpoints(out).items():
+            if not checkpoint or step > start:  # discarded by --overwrite_output_dir, or damaged
+                shutil.rmtree(directory)
+        for name in OWN_FILES:
+            if checkpoint:
+                cut_back(os.path.join(out, name), start) if name.endswith(".jsonl") else None
+            elif os.path.exists(os.path.join(out, name)):
+                os.remove(os.path.join(out, name))
+        write_json(os.path.join(out, "train_config.json"), asdict(flags))
+        log = reporter(flags)
+
+    def record(metrics, file=metrics_file):
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+
+    def save_checkpoint(step):
+        sums = window.clone()
+        if ranks > 1:
+            dist.all_reduce(sums)
+        if not first:
+            return
+
+        def write(directory):
+            model.save_pretrained(directory, torch.float32)
+            tokenizer.save_pretrained(directory)
+            save_file({f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state[p].items()}, os.path.join(directory, "optimizer.safetensors"))
+            write_json(os.path.join(directory, "train_config.json"), asdict(flags))
+            write_json(os.path.join(directory, "state.json"), {"step": step, "in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": str(save_dtype)[6:]})
+
+        write_directory(os.path.join(out, f"checkpoint-{step}"), write)
+        for directory in list(checkpoints(out).values())[: -flags.save_total_limit or None] if flags.save_total_limit else []:
+            shutil.rmtree(directory)
+
+    def weights_of(batch):  # how often each position counts in the router's statistics: prompts twice, as in two plain sequences
+        return torch.where(batch.owner % 3 == 0, 2.0, 1.0) if aux else None
+
+    def balance_loss(batches):
+        """Mixtures of experts: f -> E sum_e f_e P_e needs the step's fractions f of tokens sent to each expert before any gradient:
+        a forward pass of its own. Returns what to multiply the sums of probabilities with."""
+        sent = torch.zeros(config.num_experts, device=device)
+        with torch.no_grad(), autocast():
+            for batch in batches:
+                sent += model(batch, weights_of(batch))[1][0]
+        if ranks > 1:
+            dist.all_reduce(sent)
+        rows = sent.sum() / config.num_experts_per_tok
+        return config.num_experts * sent / rows**2
+
+    def contribution(batch, module, tokens, count, balance):
+        """Loss and metrics that one pack adds to its step."""
+        with autocast():
+            scores = module(batch, weights_of(batch)) if aux else module(batch)
+        logps, router = scores if aux else (scores, None)
+        loss, sums = orpo_loss(logps, batch, flags.beta, tokens, count)
+        if aux:
+            balancing = balance @ router[1]
+            loss = loss + config.router_aux_loss_coef * balancing
+            sums = torch.cat([loss.detach()[None], sums[1:], balancing.detach()[None]])
+        return loss, sums
+
+    @torch.no_grad()
+    def evaluate(step, epoch):
+        sums = torch.zeros(len(NAMES) - 1, dtype=torch.float64, device=device)
+        batches = data.make_packs(held_out, np.arange(len(held_out)), rank=rank, ranks=ranks, **packing)
+        balance = balance_loss([batch.to(device) for batch in batches]) if aux else None
+        tokens = sft_tokens(held_out.spans(), flags.prompt_loss)
+        for batch in batches:
+            sums += contribution(batch.to(device), model, tokens, len(held_out), balance)[1]
+        if ranks > 1:
+            dist.all_reduce(sums)
+        result = {f"eval_{name}": value for name, value in zip(NAMES, sums.tolist())}
+        if first:
+            record({"step": step, "epoch": round(epoch, 6)} | result)
+            log(result, step)
+            say(f"evaluation at step {step}: loss {result['eval_loss']:.4f} | log-prob chosen {result['eval_logps/chosen']:.3f}, rejected {result['eval_logps/rejected']:.3f}"
+                f" | accuracy {result['eval_rewards/accuracies']:.3f} | margin {result['eval_rewards/margins']:.4f}")
+            shown = [held_out[i] for i in range(min(flags.generate_during_eval, len(held_out)))]
+            if shown:
+                prompts = [prompt.tolist() for prompt, _, _ in shown]
+                with autocast():
+                    texts = [text_after(p, new, tokenizer) for p, new in zip(prompts, continuations(model, prompts, 128, tokenizer.stop_ids()))]
+                for prompt, text in zip(prompts, texts):
+                    record({"step": step, "prompt": tokenizer.decode(prompt), "answer": text}, os.path.join(out, "samples.jsonl"))
+                    say(f"  {tokenizer.decode(prompt[-40:])!r} -> {text!r}")
+        return result
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+    say(f"{sum(p.numel() for p in named.values()):,} parameters ({config.model_type}); {len(pairs)} pairs, {per_epoch} steps an epoch, {total} steps; "
+        f"{flags.dtype} on {ranks} {torch.cuda.get_device_name(device) if cuda else 'CPU'}{' processes' * (ranks > 1)}; beta {flags.beta:g}" + (f"; resumed after step {start}" if checkpoint else ""))
+    if cuda and flags.dtype == "bfloat16" and (config.head_dim % 8 or config.head_dim > 256):
+        say(f"flash attention has no kernel for heads of size {config.head_dim}: the slower scaled_dot_product_attention is used")
+    peak = next((flops for name, flops in PEAK.items() if cuda and flags.dtype == "bfloat16" and name in torch.cuda.get_device_name(device)), None)
+    stop = Stop()
+    before = after = None  # the evaluations before the first step and after the last
+    if held_out is not None and flags.eval_steps and not checkpoint:
+        before = after = evaluate(0, 0.0)
+    prepare = lambda step: data.make_packs(pairs, step_indices(len(pairs), flags.batch_size, flags.seed, step)[0], rank=rank, ranks=ranks, **packing)
+    worker = ThreadPoolExecutor(1)  # packs the next step's pairs while this one is computed
+    upcoming = worker.submit(prepare, start)
+    bar = tqdm(total=total, initial=start, desc="training", unit=" steps", disable=None if first else True, dynamic_ncols=True)
+    finite, seen_pairs, seen_spans, paused, clock = [], 0, [], 0.0, time.perf_counter()  # all since the last line
+    last = {}
+    for step in range(start, total):
+        indices, epoch = step_indices(len(pairs), flags.batch_size, flags.seed, step)
+        spans = pairs.spans()[indices]
+        tokens = sft_tokens(spans, flags.prompt_loss)
+        batches, upcoming = upcoming.result(), worker.submit(prepare, step + 1)
+        share = 1.0 if batches else 0.0  # fewer pairs than ranks: this one computes the first pair for nothing, to stay in step
+        batches = [batch.to(device) for batch in batches or [data.pack([pairs[indices[0]]], prompt_loss=flags.prompt_loss, feed_last=aux)]]
+        balance = balance_loss(batches if share else []) if aux else None
+        sums = torch.zeros(len(NAMES) - 1, dtype=torch.float64, device=device)
+        for number, batch in enumerate(batches, 1):
+            # gradients meet in the last micro-step only, overlapping with its backward
+            with network.no_sync() if ranks > 1 and number < len(batches) else nullcontext():
+                loss, metrics = contribution(batch, network, tokens, len(indices), balance)
+                # DDP divides by the ranks what here is a sum. A loss that is not finite makes every rank's gradient so.
+                loss.backward(torch.where(loss.isfinite(), share * ranks, torch.nan).to(loss.dtype))
+            sums += share * metrics
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in named.values()])
+        if flags.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(named.values(), flags.max_grad_norm, grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(flags, step, total)
+        finite.append(grad_norm.isfinite())
+        optimizer.found_inf = (~finite[-1]).float()  # on the device: the fused AdamW leaves everything as it is where this is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window += torch.where(finite[-1], torch.cat([sums, (grad_norm / ranks)[None], grad_norm.new_ones(1) / ranks]), 0.0)
+        seen_pairs += len(indices)
+        seen_spans.append(spans)
+        signalled = stop.agreed(ranks)
+        ended = step + 1 == total or bool(signalled)
+        saving = ended or bool(flags.save_steps) and (step + 1) % flags.save_steps == 0
+        evaluating = held_out is not None and flags.eval_steps and (step + 1 == total or (step + 1) % flags.eval_steps == 0)
+        logging = (step + 1) % flags.logging_steps == 0 or step + 1 == total
+        if logging or saving:  # the only places where the host waits for the device
+            for number, good in enumerate(torch.stack(finite).tolist(), step + 2 - len(finite)):
+                in_a_row = 0 if good else in_a_row + 1
+                if not good:
+                    rows = pairs.rows[step_indices(len(pairs), flags.batch_size, flags.seed, number - 1)[0]].tolist()
+                    say(f"step {number}: the loss or its gradient is not finite; the weights stay as they were. Rows: {rows}")
+            finite.clear()
+            if in_a_row >= BAD_STEPS:
+                kept = list(checkpoints(out).values())[-1:]
+                raise UserError(f"step {step + 1}: {in_a_row} steps in a row without a finite gradient; try a lower --learning_rate. {f'Intact: {kept[0]}' if kept else 'There is no checkpoint yet'}")
+        if logging:
+            total_sums = window.clone()
+            if ranks > 1:
+                dist.all_reduce(total_sums)  # the one reduction of a logged line
+            *values, steps = total_sums.tolist()
+            seconds = time.perf_counter() - clock - paused
+            done = np.concatenate(seen_spans)
+            memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            last = {"step": step + 1, "epoch": round(epoch, 6)} | {name: value / max(1.0, steps) for name, value in zip(NAMES, values)}
+            last |= {"learning_rate": learning_rate(flags, step, total), "pairs_per_second": seen_pairs / seconds, "tokens_per_second": int(done.sum()) / seconds, "peak_memory_gb": memory / 2**30}
+            if peak:
+                last["mfu"] = model.training_flops(torch.from_numpy(done)) / seconds / (peak * ranks)
+            if first:
+                record(last)
+                log(last, step + 1)
+                bar.set_postfix_str(f"loss {last['loss']:.3f}, accuracy {last['rewards/accuracies']:.2f}, margin {last['rewards/margins']:.3f}", refresh=False)
+                say(f"step {step + 1}/{total} | epoch {epoch:.2f} | loss {last['loss']:.4f} = nll {last['nll_loss']:.4f} - {flags.beta:g} x {last['log_odds_ratio']:.4f}"
+                    f" | accuracy {last['rewards/accuracies']:.3f} | margin {last['rewards/margins']:.4f} | grad {last['grad_norm']:.2f} | lr {last['learning_rate']:.2e}"
+                    f" | {last['pairs_per_second']:.1f} pairs/s | {last['tokens_per_second']:.0f} tokens/s | {last['peak_memory_gb']:.2f} GB" + (f" | mfu {last['mfu']:.2f}" if peak else ""))
+            window.zero_()
+            seen_pairs, seen_spans, paused, clock = 0, [], 0.0, time.perf_counter()
+        pause = time.perf_counter()
+        if evaluating:
+            after = evaluate(step + 1, epoch)
+        if saving and (flags.save_steps or signalled):
+            save_checkpoint(step + 1)
+        paused += time.perf_counter() - pause
+        bar.update()
+        if signalled and step + 1 < total:
+            bar.close()
+            say(f"{signal.Signals(signalled).name}: stopped after step {step + 1}, which is saved; go on with --resume --output_dir {out}")
+            return 128 + signalled
+    bar.close()
+    worker.shutdown()
+
+    # -- the final model ----------------------------------------------------------------------------------------------
+    if first:
+        def write(directory):
+            model.save_pretrained(directory, save_dtype)
+            tokenizer.save_pretrained(directory)
+            if flags.push_to_hub:
+                with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
+                    file.write(model_card(flags, {k: v for k, v in (last | (after or {})).items() if k not in ("step", "epoch")}))
+
+        final = os.path.join(out, "final")
+        write_directory(final, write)
+        os.remove(os.path.join(final, "manifest.json"))
+        for name in sorted(os.listdir(final)):
+            os.replace(os.path.join(final, name), os.path.join(out, name))
+        os.rmdir(final)
+        if before:
+            say(f"\n{'on held-out pairs':24} {'before':>10} {'after':>10}")
+            for key, name in (("eval_logps/chosen", "log-prob chosen"), ("eval_logps/rejected", "log-prob rejected"), ("eval_rewards/accuracies", "reward accuracy"), ("eval_rewards/margins", "reward margin")):
+                say(f"{name:24} {before[key]:10.3f} {after[key]:10.3f}")
+        if demo and not flags.data:
+            questions = [held_out[i] for i in range(len(held_out))] if held_out else []
+            answers = continuations(model, [prompt.tolist() for prompt, _, _ in questions], 32, tokenizer.stop_ids()) if questions else []
+            right = sum(new == chosen.tolist()[:-1] for new, (_, chosen, _) in zip(answers, questions))
+            say(f"{'exact greedy answers':24} {'':10} {right / max(1, len(questions)):10.3f}")
+        say(f"\nThe model is in {out}. Next: python sample.py --model {out}" + (' --prompt "Which is larger, 12 or 90?"' if demo and not flags.data else ""))
+        if flags.push_to_hub:
+            from huggingface_hub import HfApi
+
+            try:
+                HfApi().create_repo(flags.push_to_hub, exist_ok=True)
+                HfApi().upload_folder(folder_path=out, repo_id=flags.push_to_hub, ignore_patterns=["checkpoint-*", "*.part", *OWN_FILES])
+            except Exception as error:  # the hub client raises many kinds; the model is safe on the disk
+                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {str(error).splitlines()[0]}); the model is in {out}") from error
+            say(f"Uploaded to {flags.push_to_hub}.")
+    return 0
+
+
+if __name__ == "__main__":
+    flags, given = parse(sys.argv[1:])
+    try:
+        status = main(flags, given)
+    except (UserError, torch.OutOfMemoryError) as error:
+        if flags.debug:
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"the GPU's memory is full; lower --max_tokens (now {flags.max_tokens}) or add --gradient_checkpointing; neither changes the result"
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        status = 1
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(status) if status == 1 else sys.exit(status)
