@@ -302,6 +302,9 @@ class Tokenizer:
                         content = file.read()
                     with open(os.path.join(directory, name), "wb") as file:  # only now: it may be the same file
                         file.write(content)
+            if self.has_template and self.chat_template == DEFAULT_TEMPLATE:  # used for want of the model's own; from now on it is
+                with open(os.path.join(directory, "chat_template.jinja"), "w", encoding="utf-8") as file:
+                    file.write(self.chat_template)
         else:
             self.backend.save(os.path.join(directory, "tokenizer.json"))
             with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
@@ -405,6 +408,8 @@ def _texts(row, tokenizer):
 
 def _split(ids, tokenizer, max_length, max_prompt_length, truncation_mode):
     """Token ids of the three texts -> prompt, chosen, rejected ids, special tokens placed and lengths kept; were any cut?"""
+    if tokenizer.eos_id is None:
+        raise UserError("the tokenizer names no end-of-sequence token; set eos_token in its tokenizer_config.json")
     written = ids[1][:1] == [tokenizer.bos_id]  # by the template
     bos = [tokenizer.bos_id] if tokenizer.adds_bos or written else []
     ids = [full[1:] if full[:1] == bos else full for full in ids]
@@ -480,8 +485,6 @@ class Pairs:
 def tokenize_pairs(rows, tokenizer, *, max_length=1024, max_prompt_length=512, truncation_mode="keep_end", progress=False):
     """Rows of read_pairs -> Pairs. Leaves out, and counts by reason, what cannot teach: chosen equal to rejected, empty
     responses (white space only), rows with no token left in a response. Raises UserError if nothing is left."""
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer names no end-of-sequence token; set eos_token in its tokenizer_config.json")
     tokens, ends, kept, counts = array("i"), array("q"), array("q"), dict.fromkeys(("equal", "empty", "cut", "dropped"), 0)
     bar = tqdm(total=len(rows), desc="tokenizing", unit=" rows", disable=not progress, leave=False)
     for start in range(0, len(rows), 512):
@@ -639,10 +642,10 @@ def spread(lengths, ranks):
 
 def make_packs(pairs, indices, max_tokens, *, rank=0, ranks=1, **options):
     """The packs, of at most max_tokens positions each, in which this rank computes the pairs of one optimizer step."""
-    lengths = pairs.spans()[indices].sum(1)
-    mine = np.asarray(indices)[spread(lengths, ranks)[rank]]
-    bins = first_fit_decreasing(pairs.spans()[mine].sum(1), max_tokens)
-    return [pack([pairs[i] for i in mine[members]], **options) for members in bins]
+    lengths = pairs.spans()[indices].sum(1) + 2 * options.get("feed_last", False)
+    mine = spread(lengths, ranks)[rank]
+    bins = first_fit_decreasing(lengths[mine], max_tokens)
+    return [pack([pairs[indices[mine[i]]] for i in members], **options) for members in bins]
 
 
 def epoch_order(count, seed, epoch):

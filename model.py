@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -162,14 +163,9 @@ class Config:
     def _check(self):
         """Raise ValueError for what no model can be: it would fail much later, or ask for all of the memory."""
         for f in fields(self):
-            value, limit = getattr(self, f.name), 2**31 if f.name in ("vocab_size", "max_position_embeddings") else 2**20
-            if f.type is int:  # those with the default 0 may be 0
-                right = type(value) is int and (f.default != 0) <= value < limit
-            elif f.type is float:
-                right = type(value) in (int, float) and 0 <= value < float("inf")
-            else:
-                right = isinstance(value, f.type)
-            if not right:
+            value, limit = getattr(self, f.name), 2 ** (31 if f.name in ("vocab_size", "max_position_embeddings") else 20)
+            size = f.type is not int or type(value) is int and (f.default != 0) <= value < limit  # those with the default 0 may be 0
+            if not (size and isinstance(value, (int, float) if f.type is float else f.type)):
                 raise ValueError(f"{f.name} = {value!r}")
         if self.num_attention_heads % self.num_key_value_heads or len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"{self.num_attention_heads} heads over {self.num_key_value_heads} key/value heads, {len(self.windows)} layer types for {self.num_hidden_layers} layers")
@@ -190,14 +186,21 @@ def _unless(supported, what, where):
 # Small parts.
 
 
+# Sums are fp32 inside the kernels. Autocast on a GPU would return fp32 as well: twice the memory, and q and k unlike v.
+def without_autocast(x):
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with without_autocast(x):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        with without_autocast(x):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def make_norm(config, size):
@@ -338,11 +341,11 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (make_norm(config, D), make_norm(config, D)) if config.qk_norm else (None, None)
 
     def forward(self, x, rotary, layout):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (..., T, heads, D)
+        q, k, v = (proj(x).view(*x.shape[:-1], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (..., T, heads, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate(torch.cat([q, k], dim=-2), *rotary).split([q.shape[-2], k.shape[-2]], dim=-2)
         return self.o_proj(layout.attend(q, k, v, self.layer, self.window).flatten(-2))
 
 
@@ -371,6 +374,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, inner))
 
 
+@torch.compiler.disable  # which knows it in bf16 only
 def grouped_mm(a, w, ends):
     """Rows ends[e-1]:ends[e] of a (T k, in) times w[e] (in, out), for each expert e -> (T k, out)."""
     if a.dtype.itemsize <= 4 and all(n * a.dtype.itemsize % 16 == 0 for n in w.shape[1:]):
@@ -409,7 +413,7 @@ class MoE(nn.Module):
         router = None
         if weight is not None:
             sent = torch.zeros_like(probs[0]).index_add(0, expert.flatten(), weight.repeat_interleave(self.top_k))
-            router = torch.stack([sent, weight @ probs])
+            router = torch.stack([sent, (weight[:, None] * probs).sum(0)])  # no matrix product: autocast would round it
         return output.view(shape), router
 
 
@@ -437,6 +441,13 @@ class Block(nn.Module):
         return x + out, router
 
 
+def wide_product(a, b, out=None):
+    """a @ b; that of half-precision factors in fp32, without rounding the product to half precision first."""
+    if a.dtype.itemsize > 2:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float(), out=out)
+
+
 class TargetLogps(torch.autograd.Function):
     """log softmax(h W^T + b)[target], a few rows at a time in fp32: neither pass ever holds the logits of the whole batch.
 
@@ -446,32 +457,30 @@ class TargetLogps(torch.autograd.Function):
     CHUNK = {"cpu": 2**23, "cuda": 2**28}  # logits at a time (floats)
 
     @staticmethod
-    def logits(h, weight, bias):
-        """fp32 from half-precision factors without rounding the product to half precision first."""
-        if h.dtype.itemsize > 2:
-            out = h @ weight.T
-        elif h.is_cuda:
-            out = torch.mm(h, weight.T, out_dtype=torch.float32)
-        else:
-            out = h.float() @ weight.T.float()
-        return out if bias is None else out.add_(bias)
+    def chunks(h, w, bias):
+        """Yields (rows, their h, their logits) over all rows of h, in fp32 or wider; logits may be overwritten."""
+        count = max(16, TargetLogps.CHUNK.get(h.device.type, 2**26) // len(w))
+        # on a CPU all chunks share one piece of memory: fresh pages cost more than what is computed on them
+        wide = torch.promote_types(h.dtype, torch.float32)
+        buffer = None if h.is_cuda else torch.empty(min(count, len(h)), len(w), dtype=wide)
+        for start in range(0, len(h), count):
+            x = h[start : start + count]
+            logits = wide_product(x, w.T, None if buffer is None else buffer[: len(x)])
+            yield slice(start, start + len(x)), x, logits if bias is None else logits.add_(bias)
 
     @staticmethod
     def forward(ctx, h, weight, bias, targets):
         device = h.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        ctx.rows = max(16, TargetLogps.CHUNK.get(device, 2**26) // len(weight))
         lse = torch.empty(len(h), device=h.device, dtype=torch.promote_types(ctx.dtype, torch.float32))
-        logps = torch.empty_like(lse)
+        picked = torch.empty_like(lse)  # the targets' logits
         with torch.autocast(device, enabled=False):
-            w = weight.to(ctx.dtype)
-            for start in range(0, len(h), ctx.rows):
-                rows = slice(start, start + ctx.rows)
-                logits = TargetLogps.logits(h[rows].to(ctx.dtype), w, bias)  # (rows, V)
-                lse[rows] = logits.logsumexp(-1)
-                logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse[rows]
+            for rows, _, logits in TargetLogps.chunks(h.to(ctx.dtype), weight.to(ctx.dtype), bias):
+                picked[rows] = logits.gather(1, targets[rows, None])[:, 0]
+                top = logits.amax(1, keepdim=True)
+                lse[rows] = (top + logits.sub_(top).exp_().sum(1, keepdim=True).log())[:, 0]
         ctx.save_for_backward(h, weight, bias, targets, lse)
-        return logps
+        return picked - lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -481,19 +490,17 @@ class TargetLogps(torch.autograd.Function):
         dh, dw = torch.empty_like(h), torch.zeros_like(weight)
         db = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, len(h), ctx.rows):
-                rows = slice(start, start + ctx.rows)
-                x, g = h[rows].to(ctx.dtype), grad[rows, None]
+            for rows, x, logits in TargetLogps.chunks(h.to(ctx.dtype), w, bias):
+                g = grad[rows, None]
                 # d logp / d logits = onehot(target) - softmax(logits)
-                d = TargetLogps.logits(x, w, bias).sub_(lse[rows, None]).exp_().mul_(-g)  # (rows, V)
-                d.scatter_add_(1, targets[rows, None], g)
+                d = logits.sub_(lse[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)  # (rows, V)
                 db = db if db is None else db.add_(d.sum(0))
                 d = d.to(ctx.dtype)
                 dh[rows] = d @ w
                 if ctx.dtype == dw.dtype:
                     dw.addmm_(d.T, x)
                 else:
-                    dw += TargetLogps.logits(d.T, x.T, None)
+                    dw += wide_product(d.T, x)
         return dh, dw, db, None
 
 
@@ -595,11 +602,12 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.lm_head(self.hidden(tokens, positions, Causal())[0]).float()
 
-    def next_logits(self, tokens, positions, cache, used, last=-1):
+    def next_logits(self, tokens, positions, cache, used, last=None):
         """Generation: tokens, positions (B, T) continue the cached sequences, the longest of which then has `used` tokens;
-        last: index, or (B,) indices, of each row's last real token. Returns (B, vocab) fp32 logits for what follows it."""
-        x = self.hidden(tokens, positions, cache.at(positions, used))[0]
-        return self.lm_head(x[torch.arange(len(x), device=x.device), last]).float()
+        last (B,): index of each row's last real token, None: T - 1. Returns (B, vocab) fp32 logits for what follows it."""
+        x = self.hidden(tokens, positions, cache.at(positions, used))[0]  # (B, T, C)
+        x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
+        return self.lm_head(x).float()
 
     def training_flops(self, spans):
         """Floating-point operations of one forward and backward over pairs of the given spans (N, 3), the useful ones only:

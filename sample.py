@@ -21,9 +21,9 @@ from model import Cache, Transformer
 
 
 def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """Next tokens (B,) from logits (B, vocab). temperature 0: the likeliest. top_k > 0: among the k likeliest; top_p < 1: among the
-    fewest likeliest tokens that together have at least that probability."""
-    if temperature == 0:
+    """Next tokens (B,) from logits (B, vocab). temperature 0 (below 1e-6): the likeliest. top_k > 0: among the k likeliest;
+    top_p < 1: among the fewest likeliest tokens that together have at least that probability."""
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -53,16 +53,15 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), **choice):
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B, T), padded on the right
     cache = Cache(model.config, len(prompts), longest + max_new_tokens, device, dtype)
-    stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
-    running = torch.ones_like(lengths, dtype=torch.bool)
+    running = [True] * len(prompts)
     logits = model.next_logits(tokens, torch.arange(longest, device=device).expand_as(tokens), cache, longest, lengths - 1)
     for step in range(1, min(max_new_tokens, room) + 1):
         tokens = pick(logits, **choice)
-        running &= ~torch.isin(tokens, stops)
-        row = [token if on else None for token, on in zip(tokens.tolist(), running.tolist())]
-        if not any(token is not None for token in row):
+        new = tokens.tolist()
+        running = [on and token not in stop_ids for on, token in zip(running, new)]
+        if not any(running):
             return
-        yield row
+        yield [token if on else None for on, token in zip(running, new)]
         if step < min(max_new_tokens, room):
             logits = model.next_logits(tokens[:, None], lengths[:, None], cache, longest + step)
             lengths = lengths + 1
@@ -78,10 +77,10 @@ def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
     return answers
 
 
-def prompt_ids(prompt, tokenizer, raw=False):
+def prompt_ids(prompt, tokenizer, raw=False, system=None):
     """Ids of a prompt: a list of messages through the chat template, a string as a user's message if the model has a template."""
     if isinstance(prompt, str) and tokenizer.has_template and not raw:
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
     ids = tokenizer.encode(prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
     return [tokenizer.bos_id] * (tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]) + ids
 
@@ -105,22 +104,26 @@ def answer(model, tokenizer, ids, args, choice):
 
 def read_prompts(path):
     """Prompts of a file: one a line, or .jsonl lines with a string or a list of messages under `prompt`."""
+    prompts = []
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(file, 1) if line.strip()]
-        if not path.endswith(".jsonl"):
-            return [line for _, line in lines]
-        prompts = []
-        for number, line in lines:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and isinstance(row.get("prompt"), (str, list)) and row["prompt"]):
-                raise UserError(f"{path}, line {number}: an object with a `prompt`, a string or a list of messages, is expected")
-            prompts.append(row["prompt"])
-        return prompts
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.rstrip("\r\n")}
+                    prompt = row.get("prompt") if isinstance(row, dict) else None
+                    messages = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt)
+                    if not prompt or not (isinstance(prompt, str) or messages):
+                        raise UserError(f"{path}, line {number}: an object with a `prompt`, a string or a list of role/content messages, is expected")
+                    prompts.append(prompt)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it")
+    return prompts
 
 
 def parse(arguments):
@@ -131,7 +134,7 @@ def parse(arguments):
     p.add_argument("--prompts", help="file of prompts, one a line, or .jsonl with `prompt`")
     p.add_argument("--output", help="where the answers to --prompts go, as .jsonl (default: standard output)")
     p.add_argument("--raw", action="store_true", help="do not use the chat template")
-    p.add_argument("--system", help="system message of a chat")
+    p.add_argument("--system", help="system message before the prompt or chat")
     p.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
     p.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all (default)")
@@ -141,23 +144,40 @@ def parse(arguments):
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     p.error = lambda message: (print(f"sample.py: {message}; see python sample.py --help", file=sys.stderr), sys.exit(2))
     args = p.parse_args(arguments)
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.batch_size < 1:
-        p.error("--max_new_tokens and --batch_size must be at least 1, --temperature and --top_k at least 0, --top_p above 0 and at most 1")
+    for name, least, below in (("max_new_tokens", 1, 2**63), ("temperature", 0, float("inf")), ("top_k", 0, 2**63), ("seed", 0, 2**63), ("batch_size", 1, 2**63)):
+        if not least <= getattr(args, name) < below:
+            p.error(f"--{name} {getattr(args, name)}: must be at least {least}" + " and smaller" * (getattr(args, name) >= below))
+    if not 0 < args.top_p <= 1:
+        p.error(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if args.prompt == "":
         p.error("--prompt is empty")
+    if args.prompt is not None and args.prompts is not None:
+        p.error("--prompt and --prompts: give one of the two")
+    if args.output is not None and args.prompts is None:
+        p.error("--output is for the answers to --prompts, which is missing")
     return args
 
 
 def main(args):
-    prompts = read_prompts(args.prompts) if args.prompts else None  # before the model: a mistake shows at once
+    prompts = None if args.prompts is None else read_prompts(args.prompts)  # before the model: a mistake shows at once
+    if args.output is not None and (os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
+        raise UserError(f"{args.output}: --output must be a file in a directory that exists")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.from_pretrained(args.model, revision=args.revision)
     model = Transformer.from_pretrained(args.model, revision=args.revision).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    templated = tokenizer.has_template and not args.raw
+    if args.system and not templated:
+        raise UserError("--system needs a chat template, and " + ("--raw does without" if args.raw else f"{args.model} has none"))
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
 
     if prompts is not None:
-        ids = [prompt_ids(prompt, tokenizer, args.raw) for prompt in prompts]
+        ids = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                ids.append(prompt_ids(prompt, tokenizer, args.raw, args.system))
+            except UserError as error:
+                raise UserError(f"{args.prompts}, prompt {number}: {error}") from error
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together
         answers, start = {}, time.perf_counter()
         for first in tqdm(range(0, len(order), args.batch_size), desc="answering", unit=" batches", disable=None):
@@ -173,10 +193,10 @@ def main(args):
             sys.stdout.writelines(lines)
         print(f"[{len(prompts)} answers, {count} tokens, {count / seconds:.0f} tokens/s]", file=sys.stderr)
     elif args.prompt is not None:
-        answer(model, tokenizer, prompt_ids(args.prompt, tokenizer, args.raw), args, choice)
+        answer(model, tokenizer, prompt_ids(args.prompt, tokenizer, args.raw, args.system), args, choice)
     else:
         opening = [{"role": "system", "content": args.system}] if args.system else []
-        history, templated = list(opening), tokenizer.has_template and not args.raw
+        history = list(opening)
         print("Type a message; /new forgets what was said, Ctrl-D ends." + ("" if templated else " This model has no chat template: it goes on from each text as it stands."), file=sys.stderr)
         while True:
             try:
@@ -187,18 +207,23 @@ def main(args):
             if text == "/new":
                 history = list(opening)
             elif text:
-                history.append({"role": "user", "content": text})
-                said = answer(model, tokenizer, prompt_ids(history if templated else text, tokenizer, args.raw), args, choice)
-                history.append({"role": "assistant", "content": said})
+                asked = history + [{"role": "user", "content": text}]
+                try:
+                    said = answer(model, tokenizer, prompt_ids(asked if templated else text, tokenizer, args.raw), args, choice)
+                    history = asked + [{"role": "assistant", "content": said}]
+                except UserError as error:  # one message that cannot be answered does not end the chat
+                    print(f"{error} (/new starts afresh)", file=sys.stderr)
 
 
 if __name__ == "__main__":
     args = parse(sys.argv[1:])
     try:
         main(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         if args.debug:
             raise
-        sys.exit(f"sample.py: {error}")
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "the GPU's memory is full; lower --max_new_tokens" + " or --batch_size" * bool(args.prompts)
+        sys.exit("sample.py: " + str(error).replace("\n", " "))
     except KeyboardInterrupt:
         sys.exit(130)

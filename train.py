@@ -12,10 +12,13 @@ micro-steps and ranks compute it, and its losses are sums divided once by the co
 import argparse
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +28,8 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin while they wait slow shared cores down several times
 
 import numpy as np
 import torch
@@ -62,7 +67,7 @@ class Flags:
     prompt_loss: bool = flag(True, "L_SFT over prompt + chosen (authors' code, TRL); --no-prompt_loss: over the chosen response alone (paper)")
     output_router_logits: bool = flag(False, "mixtures of experts: add the load-balancing loss even if config.json does not ask for it")
     # the optimizer
-    learning_rate: float = flag(5e-6, "peak learning rate of AdamW (the authors: 5e-6 to 2e-5 at 1B to 7B)")
+    learning_rate: float = flag(-1.0, "peak learning rate of AdamW; -1: by size, 5e-6 x sqrt(7e9 / parameters), at most 1e-3 (5e-6 at 7B, as the authors; 2e-5 at 0.5B)")
     lr_scheduler_type: str = flag("linear", "what follows the warmup", ("linear", "cosine", "inverse_sqrt", "constant"))
     warmup_steps: int = flag(0, "steps from 0 to the peak; over --warmup_ratio if positive")
     warmup_ratio: float = flag(0.1, "the same as a fraction of all steps")
@@ -104,7 +109,7 @@ class Flags:
 GROUPS = {"model": "model and data", "beta": "objective", "learning_rate": "optimizer", "num_train_epochs": "how much",
           "max_length": "lengths, in tokens", "max_tokens": "machine", "output_dir": "output"}  # a group begins at its first flag
 # What the demo sets where nothing is said: a tiny model needs a larger learning rate, and its task shows more at a larger beta.
-DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, num_train_epochs=8.0, max_length=64, max_prompt_length=32, eval_steps=250, logging_steps=50)
+DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, max_steps=750, max_length=64, max_prompt_length=32, eval_steps=250, logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                   max_position_embeddings=256, tie_word_embeddings=True)
 BAD_STEPS = 5  # this many steps in a row without a finite gradient end the run
@@ -112,9 +117,36 @@ BAD_STEPS = 5  # this many steps in a row without a finite gradient end the run
 PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
+def wrong_with(flags):
+    """What cannot be right about the values of flags, in words; empty if nothing. Types: a recorded run's come from a file."""
+    for field in dataclasses.fields(Flags):
+        value, choices = getattr(flags, field.name), field.metadata["choices"]
+        types = {float: (float, int), list: (list, tuple)}.get(field.type, (field.type,))
+        if type(value) not in types or field.type is list and not all(type(item) is str for item in value):
+            return f"--{field.name} {value!r}: must be {'a list of strings' if field.type is list else field.type.__name__}"
+        if choices and value not in (*choices, field.default):
+            return f"--{field.name} {value}: must be one of {', '.join(choices)}"
+    at_least = dict(eval_pairs=-1, beta=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_steps=0, batch_size=1, max_length=2, max_prompt_length=1,
+                    max_tokens=1, logging_steps=1, eval_steps=0, save_steps=0, save_total_limit=0, generate_during_eval=0, seed=0)
+    for name, least in at_least.items():
+        if not (least <= getattr(flags, name) < 2**63):
+            return f"--{name} {getattr(flags, name)}: must be at least {least}" + " and below 2^63" * (getattr(flags, name) >= 2**63)
+    for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
+        if not (0 < getattr(flags, name) < 1e9 or name == "learning_rate" and flags.learning_rate == -1):
+            return f"--{name} {getattr(flags, name)}: must be above 0 and below 1e9"
+    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+        if not 0 <= getattr(flags, name) < 1:
+            return f"--{name} {getattr(flags, name)}: must be at least 0 and below 1"
+    if flags.max_prompt_length >= flags.max_length:
+        return f"--max_prompt_length {flags.max_prompt_length}: must be smaller than --max_length {flags.max_length}, or no room is left for a response"
+    if flags.eval_pairs > 0 and flags.eval_data:
+        return "--eval_pairs and --eval_data: give one of the two"
+    return "" if flags.output_dir else "--output_dir is empty; name a directory"
+
+
 def parse(arguments):
     """Command line -> (Flags, names of the flags that were given). Exits with status 2 and one line where a value cannot be right."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def refuse(message):
@@ -140,30 +172,26 @@ def parse(arguments):
         refuse(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "; see python train.py --help"))
     given = vars(known)
     flags = Flags(**(DEMO if not given.get("model") and not given.get("data") else {}) | given)
-    at_least = dict(eval_pairs=-1, beta=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_steps=0, batch_size=1, max_length=2, max_prompt_length=1,
-                    max_tokens=1, logging_steps=1, eval_steps=0, save_steps=0, save_total_limit=0, generate_during_eval=0, seed=0)
-    for name, least in at_least.items():
-        if not (least <= getattr(flags, name) < math.inf):
-            refuse(f"--{name} {getattr(flags, name)}: must be at least {least}")
-    for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
-        if not (0 < getattr(flags, name) < math.inf):
-            refuse(f"--{name} {getattr(flags, name)}: must be positive")
-    for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
-        if not 0 <= getattr(flags, name) < 1:
-            refuse(f"--{name} {getattr(flags, name)}: must be at least 0 and below 1")
-    if flags.max_prompt_length >= flags.max_length:
-        refuse(f"--max_prompt_length {flags.max_prompt_length}: must be smaller than --max_length {flags.max_length}, or no room is left for a response")
+    if wrong := wrong_with(flags):
+        refuse(wrong)
     if flags.resume and flags.overwrite_output_dir:
         refuse("--resume and --overwrite_output_dir contradict each other")
-    if flags.eval_pairs > 0 and flags.eval_data:
-        refuse("--eval_pairs and --eval_data: give one of the two")
     return flags, set(given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a run: complete or absent, never half.
 
-OWN_FILES = ("metrics.jsonl", "samples.jsonl", "train_config.json")
+OWN_FILES = ["metrics.jsonl", "samples.jsonl", "train_config.json"]
+CHECKPOINT = r"checkpoint-(0|[1-9][0-9]*)"
+
+
+def run_files(output_dir):
+    """What a run left in a directory and a new one would replace: records, checkpoints, the model with its tokenizer, unfinished ones."""
+    patterns = OWN_FILES + data.MODEL_FILES + data.TOKENIZER_FILES
+    names = sorted(os.listdir(output_dir), reverse=True) if os.path.isdir(output_dir) else []  # x.tmp before x
+    return [os.path.join(output_dir, name) for name in names
+            if re.fullmatch(rf"({CHECKPOINT}|final)(\.tmp)?", name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def write_directory(path, write):
@@ -184,6 +212,18 @@ def write_directory(path, write):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{path}: could not be written ({error}); make room or choose another --output_dir, then --resume from the checkpoint before it") from error
+
+
+def discard(path):
+    """Remove a file or a directory; the directory is renamed first, so that no half of it ever has its name."""
+    if not os.path.isdir(path):
+        os.remove(path)
+        return
+    temporary = path.removesuffix(".tmp") + ".tmp"
+    if path != temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(path, temporary)
+    shutil.rmtree(temporary)
 
 
 def flush(path):
@@ -207,8 +247,8 @@ def write_json(path, value):
 
 def checkpoints(output_dir):
     """{step: directory} of the checkpoints there, oldest first."""
-    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = sorted(int(name[11:]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit())
+    names = [os.path.basename(path) for path in run_files(output_dir)]
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(CHECKPOINT, name))
     return {step: os.path.join(output_dir, f"checkpoint-{step}") for step in steps}
 
 
@@ -242,14 +282,14 @@ def cut_back(path, step):
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes: the cut may have gone through a character
         for line in file:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 break
-    with open(path + ".part", "w", encoding="utf-8") as file:
+    with open(path + ".part", "wb") as file:
         file.writelines(kept)
     os.replace(path + ".part", path)
 
@@ -323,15 +363,16 @@ def reporter(flags):
     """log(metrics, step) for --report_to."""
     if flags.report_to == "none":
         return lambda metrics, step: None
-    try:
-        if flags.report_to == "wandb":
-            import wandb
+    if flags.report_to == "wandb":
+        import wandb
 
+        try:
             wandb.init(project="orpo", config=asdict(flags))
-            return lambda metrics, step: wandb.log(metrics, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"--report_to {flags.report_to}: pip install {flags.report_to}") from error
+        except Exception as error:  # no login, no network: its own kinds of errors
+            raise UserError(f"--report_to wandb: it cannot start ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})") from error
+        return lambda metrics, step: wandb.log(metrics, step=step)
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(flags.output_dir)
     return lambda metrics, step: [writer.add_scalar(key, value, step) for key, value in metrics.items() if key != "step"]
 
@@ -356,6 +397,8 @@ def main(flags, given):
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"rank {rank} has no GPU: this machine has {torch.cuda.device_count()}, so use torchrun --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -369,7 +412,9 @@ def main(flags, given):
         step = torch.tensor(int(newest_checkpoint(out).rpartition("-")[2]) if first else 0)
         if ranks > 1:
             dist.broadcast(step, 0)
-        checkpoint = checkpoints(out)[int(step)]
+        checkpoint = checkpoints(out).get(int(step))
+        if not checkpoint:
+            raise UserError(f"{out}: rank {rank} does not see checkpoint-{int(step)} there; all machines must share --output_dir")
         recorded = data.read_json(os.path.join(checkpoint, "train_config.json"))
         for field in dataclasses.fields(Flags):
             if field.name not in recorded or field.name in ("resume", "debug", "output_dir", "overwrite_output_dir"):
@@ -378,10 +423,18 @@ def main(flags, given):
                 setattr(flags, field.name, recorded[field.name])
             elif field.metadata["changes_run"] and getattr(flags, field.name) != recorded[field.name]:
                 raise UserError(f"--{field.name} {getattr(flags, field.name)} would change the run, which has {recorded[field.name]}; leave it out, or start afresh in another --output_dir")
+        if wrong := wrong_with(flags):
+            raise UserError(f"{checkpoint}: its train_config.json cannot be used ({wrong})")
     elif os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"{out}: --output_dir is a file; choose another")
-    elif os.path.isdir(out) and not (flags.overwrite_output_dir or flags.dry_run) and (checkpoints(out) or any(os.path.exists(os.path.join(out, name)) for name in OWN_FILES)):
-        raise UserError(f"{out}: holds a run already; go on with it (--resume), discard it (--overwrite_output_dir), or choose another --output_dir")
+    elif run_files(out) and not (flags.overwrite_output_dir or flags.dry_run):
+        raise UserError(f"{out}: holds a run or a model already; go on with it (--resume), discard it (--overwrite_output_dir), or choose another --output_dir")
+    elif flags.overwrite_output_dir and flags.model and (os.path.realpath(flags.model) + os.sep).startswith(os.path.realpath(out) + os.sep):
+        raise UserError(f"{out}: --overwrite_output_dir would discard --model {flags.model}; choose another --output_dir")
+    if "num_train_epochs" in given and "max_steps" not in given:
+        flags.max_steps = 0  # neither the demo's nor the recorded one is to outweigh what was asked for
+    if flags.report_to != "none" and not importlib.util.find_spec(flags.report_to):
+        raise UserError(f"--report_to {flags.report_to}: pip install {flags.report_to}")
     if not flags.dry_run:
         try:
             os.makedirs(out, exist_ok=True)
@@ -437,26 +490,28 @@ def main(flags, given):
         hf = DEMO_SHAPE | {"vocab_size": tokenizer.backend.get_vocab_size(), "eos_token_id": tokenizer.eos_id, "architectures": ["LlamaForCausalLM"]}
         model = Transformer(Config.from_hf(hf), hf).initialise(flags.seed)
     everything = [pairs] + [held_out] * (held_out is not None)
-    longest_tree = max(int(p.spans().sum(1).max()) for p in everything)
     longest = max(int((p.spans()[:, :1] + p.spans()[:, 1:]).max()) + 1 for p in everything)
     too_large = max(int(p.tokens.max()) for p in everything)
     if too_large >= model.config.vocab_size:
         raise UserError(f"token id {too_large} is beyond the model's vocabulary of {model.config.vocab_size}: tokenizer and model do not belong together")
     if model.max_positions and longest > model.max_positions:
         raise UserError(f"a sequence of {longest} tokens does not fit the model's {model.max_positions} positions; use --max_length {model.max_positions} (and a smaller --max_prompt_length)")
-    if flags.max_tokens < longest_tree:
-        raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair needs {longest_tree}; use at least that, or cut pairs with --max_length")
     model.gradient_checkpointing = flags.gradient_checkpointing
     save_dtype = getattr(torch, flags.save_dtype) if flags.save_dtype else model.file_dtype
     config = model.config
     aux = bool(config.moe_layers) and (flags.output_router_logits or config.output_router_logits) and config.router_aux_loss_coef > 0
     packing = dict(max_tokens=flags.max_tokens, prompt_loss=flags.prompt_loss, feed_last=aux)
+    longest_tree = max(int(p.spans().sum(1).max()) for p in everything) + 2 * aux
+    if flags.max_tokens < longest_tree:
+        raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair needs {longest_tree}; use at least that, or cut pairs with --max_length")
 
     # -- optimizer, and the state of a resumed run --------------------------------------------------------------------
     model.to(device).train()
     named = dict(model.named_parameters())
     groups = [{"params": [p for p in named.values() if p.ndim > 1], "weight_decay": flags.weight_decay},
               {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0}]
+    if flags.learning_rate == -1:
+        flags.learning_rate = min(1e-3, 5e-6 * math.sqrt(7e9 / sum(p.numel() for p in named.values())))
     optimizer = torch.optim.AdamW(groups, lr=flags.learning_rate, betas=(flags.adam_beta1, flags.adam_beta2), eps=flags.adam_epsilon, fused=True)
     per_epoch = math.ceil(len(pairs) / flags.batch_size)
     total = flags.max_steps or math.ceil(flags.num_train_epochs * per_epoch)
@@ -465,56 +520,63 @@ def main(flags, given):
     fingerprint = [zlib.crc32(p.tokens.tobytes(), zlib.crc32(p.ends.tobytes())) for p in everything]
     start, in_a_row = 0, 0  # steps done; steps in a row without a finite gradient
     if checkpoint:
-        state = data.read_json(os.path.join(checkpoint, "state.json"))
-        if state["data"] != fingerprint:
-            raise UserError(f"{checkpoint}: the pairs are not those that this run was started with; restore the data files, or start afresh in another --output_dir")
-        start, in_a_row, save_dtype = state["step"], state["in_a_row"], getattr(torch, flags.save_dtype or state["save_dtype"])
-        if first:
-            window += torch.tensor(state["window"], dtype=torch.float64, device=device)
-        moments = load_file(os.path.join(checkpoint, "optimizer.safetensors"))
-        for name, parameter in named.items():
-            optimizer.state[parameter] = {key: moments[f"{key}.{name}"].to(device) for key in ("exp_avg", "exp_avg_sq", "step")}
+        try:
+            state = data.read_json(os.path.join(checkpoint, "state.json"))
+            if state["data"] != fingerprint:
+                raise UserError(f"{checkpoint}: the pairs are not those that this run was started with; restore the data files, or start afresh in another --output_dir")
+            start, in_a_row, save_dtype = int(checkpoint.rpartition("-")[2]), int(state["in_a_row"]), getattr(torch, flags.save_dtype or state["save_dtype"])
+            if first:
+                window += torch.tensor(state["window"], dtype=torch.float64, device=device)
+            moments = load_file(os.path.join(checkpoint, "optimizer.safetensors"))
+            for name, parameter in named.items():
+                shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
+                optimizer.state[parameter] = {key: moments[f"{key}.{name}"].to(device).view(shape) for key, shape in shapes.items()}
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{checkpoint}: cannot be resumed from ({type(error).__name__}: {error}); remove it to go back to the one before it") from error
     if flags.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)  # one graph for all blocks and all lengths of a pack
     network = DistributedDataParallel(model, device_ids=[local] if cuda else None, gradient_as_bucket_view=True) if ranks > 1 else model
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16")
+    # no cache: a forward uses each weight once, and cached casts of all of them would outlive the blocks they serve
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16", cache_enabled=False)
 
     # -- files --------------------------------------------------------------------------------------------------------
     metrics_file = os.path.join(out, "metrics.jsonl")
     if first:
-        for step, directory in checkpoints(out).items():
-            if not checkpoint or step > start:  # discarded by --overwrite_output_dir, or damaged
-                shutil.rmtree(directory)
-        for name in OWN_FILES:
-            if checkpoint:
-                cut_back(os.path.join(out, name), start) if name.endswith(".jsonl") else None
-            elif os.path.exists(os.path.join(out, name)):
-                os.remove(os.path.join(out, name))
-        write_json(os.path.join(out, "train_config.json"), asdict(flags))
         log = reporter(flags)
+        unfinished = [path for path in run_files(out) if path.endswith(".tmp")]
+        damaged = [directory for step, directory in checkpoints(out).items() if step > start]  # or newest_checkpoint would have taken them
+        for path in unfinished + damaged if checkpoint else run_files(out):
+            discard(path)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_back(os.path.join(out, name), start)
+        write_json(os.path.join(out, "train_config.json"), asdict(flags))
 
     def record(metrics, file=metrics_file):
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        try:
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}); make room, then go on with --resume") from error
 
     def save_checkpoint(step):
         sums = window.clone()
         if ranks > 1:
             dist.all_reduce(sums)
-        if not first:
-            return
 
         def write(directory):
             model.save_pretrained(directory, torch.float32)
             tokenizer.save_pretrained(directory)
             save_file({f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state[p].items()}, os.path.join(directory, "optimizer.safetensors"))
             write_json(os.path.join(directory, "train_config.json"), asdict(flags))
-            write_json(os.path.join(directory, "state.json"), {"step": step, "in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": str(save_dtype)[6:]})
+            write_json(os.path.join(directory, "state.json"), {"in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": str(save_dtype)[6:]})
 
-        write_directory(os.path.join(out, f"checkpoint-{step}"), write)
-        for directory in list(checkpoints(out).values())[: -flags.save_total_limit or None] if flags.save_total_limit else []:
-            shutil.rmtree(directory)
+        if first:
+            write_directory(os.path.join(out, f"checkpoint-{step}"), write)
+            for directory in list(checkpoints(out).values())[: -flags.save_total_limit or None] if flags.save_total_limit else []:
+                discard(directory)
+        if ranks > 1:  # all wait until it is written: torchrun ends the others when one has ended. On the CPU, as gloo waits longer than nccl
+            dist.all_reduce(torch.zeros(1))
 
     def weights_of(batch):  # how often each position counts in the router's statistics: prompts twice, as in two plain sequences
         return torch.where(batch.owner % 3 == 0, 2.0, 1.0) if aux else None
@@ -571,7 +633,7 @@ def main(flags, given):
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     say(f"{sum(p.numel() for p in named.values()):,} parameters ({config.model_type}); {len(pairs)} pairs, {per_epoch} steps an epoch, {total} steps; "
-        f"{flags.dtype} on {ranks} {torch.cuda.get_device_name(device) if cuda else 'CPU'}{' processes' * (ranks > 1)}; beta {flags.beta:g}" + (f"; resumed after step {start}" if checkpoint else ""))
+        f"{flags.dtype} on {ranks} {torch.cuda.get_device_name(device) if cuda else 'CPU'}{' processes' * (ranks > 1)}; beta {flags.beta:g}, learning rate {flags.learning_rate:.2g}" + (f"; resumed after step {start}" if checkpoint else ""))
     if cuda and flags.dtype == "bfloat16" and (config.head_dim % 8 or config.head_dim > 256):
         say(f"flash attention has no kernel for heads of size {config.head_dim}: the slower scaled_dot_product_attention is used")
     peak = next((flops for name, flops in PEAK.items() if cuda and flags.dtype == "bfloat16" and name in torch.cuda.get_device_name(device)), None)
@@ -579,6 +641,9 @@ def main(flags, given):
     before = after = None  # the evaluations before the first step and after the last
     if held_out is not None and flags.eval_steps and not checkpoint:
         before = after = evaluate(0, 0.0)
+    if ranks > 1:  # after its first backward DDP orders its buckets anew, and so the sums of three or more ranks: one for nothing, or no resume were exact
+        contribution(data.pack([pairs[0]], prompt_loss=flags.prompt_loss, feed_last=aux).to(device), network, 1, 1, torch.zeros(config.num_experts, device=device))[0].backward()
+        optimizer.zero_grad(set_to_none=True)
     prepare = lambda step: data.make_packs(pairs, step_indices(len(pairs), flags.batch_size, flags.seed, step)[0], rank=rank, ranks=ranks, **packing)
     worker = ThreadPoolExecutor(1)  # packs the next step's pairs while this one is computed
     upcoming = worker.submit(prepare, start)
@@ -624,10 +689,10 @@ def main(flags, given):
                 if not good:
                     rows = pairs.rows[step_indices(len(pairs), flags.batch_size, flags.seed, number - 1)[0]].tolist()
                     say(f"step {number}: the loss or its gradient is not finite; the weights stay as they were. Rows: {rows}")
+                if in_a_row >= BAD_STEPS:
+                    kept = list(checkpoints(out).values())[-1:]
+                    raise UserError(f"step {number}: {in_a_row} steps in a row without a finite gradient; try a lower --learning_rate. {f'Intact: {kept[0]}' if kept else 'There is no checkpoint yet'}")
             finite.clear()
-            if in_a_row >= BAD_STEPS:
-                kept = list(checkpoints(out).values())[-1:]
-                raise UserError(f"step {step + 1}: {in_a_row} steps in a row without a finite gradient; try a lower --learning_rate. {f'Intact: {kept[0]}' if kept else 'There is no checkpoint yet'}")
         if logging:
             total_sums = window.clone()
             if ranks > 1:
@@ -636,11 +701,12 @@ def main(flags, given):
             seconds = time.perf_counter() - clock - paused
             done = np.concatenate(seen_spans)
             memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            last = {"step": step + 1, "epoch": round(epoch, 6)} | {name: value / max(1.0, steps) for name, value in zip(NAMES, values)}
-            last |= {"learning_rate": learning_rate(flags, step, total), "pairs_per_second": seen_pairs / seconds, "tokens_per_second": int(done.sum()) / seconds, "peak_memory_gb": memory / 2**30}
-            if peak:
-                last["mfu"] = model.training_flops(torch.from_numpy(done)) / seconds / (peak * ranks)
-            if first:
+            if steps:  # else none of them had a finite gradient, and there is no mean to write
+                last = {"step": step + 1, "epoch": round(epoch, 6)} | {name: value / steps for name, value in zip(NAMES, values)}
+                last |= {"learning_rate": learning_rate(flags, step, total), "pairs_per_second": seen_pairs / seconds, "tokens_per_second": int(done.sum()) / seconds, "peak_memory_gb": memory / 2**30}
+                if peak:
+                    last["mfu"] = model.training_flops(torch.from_numpy(done)) / seconds / (peak * ranks)
+            if first and steps:
                 record(last)
                 log(last, step + 1)
                 bar.set_postfix_str(f"loss {last['loss']:.3f}, accuracy {last['rewards/accuracies']:.2f}, margin {last['rewards/margins']:.3f}", refresh=False)
@@ -675,43 +741,61 @@ def main(flags, given):
         final = os.path.join(out, "final")
         write_directory(final, write)
         os.remove(os.path.join(final, "manifest.json"))
-        for name in sorted(os.listdir(final)):
+        names = sorted(os.listdir(final))
+        for name in names:
             os.replace(os.path.join(final, name), os.path.join(out, name))
         os.rmdir(final)
-        if before:
-            say(f"\n{'on held-out pairs':24} {'before':>10} {'after':>10}")
+        for path in run_files(out):  # an older model's other files, such as shards beside a single file, would be read with the new ones
+            if os.path.isfile(path) and os.path.basename(path) not in names + OWN_FILES:
+                os.remove(path)
+        if after:
+            columns = {"before": before, "after": after} if before else {"after": after}  # a resumed run did not see the start
+            say(f"\n{'on held-out pairs':24}" + "".join(f"{name:>11}" for name in columns))
             for key, name in (("eval_logps/chosen", "log-prob chosen"), ("eval_logps/rejected", "log-prob rejected"), ("eval_rewards/accuracies", "reward accuracy"), ("eval_rewards/margins", "reward margin")):
-                say(f"{name:24} {before[key]:10.3f} {after[key]:10.3f}")
-        if demo and not flags.data:
-            questions = [held_out[i] for i in range(len(held_out))] if held_out else []
-            answers = continuations(model, [prompt.tolist() for prompt, _, _ in questions], 32, tokenizer.stop_ids()) if questions else []
+                say(f"{name:24}" + "".join(f"{values[key]:11.3f}" for values in columns.values()))
+        if demo and not flags.data and held_out:
+            questions = [held_out[i] for i in range(len(held_out))]
+            answers = continuations(model, [prompt.tolist() for prompt, _, _ in questions], 32, tokenizer.stop_ids())
             right = sum(new == chosen.tolist()[:-1] for new, (_, chosen, _) in zip(answers, questions))
-            say(f"{'exact greedy answers':24} {'':10} {right / max(1, len(questions)):10.3f}")
+            say(f"{'exact greedy answers':24}" + " " * 11 * bool(before) + f"{right / len(questions):11.3f}")
         say(f"\nThe model is in {out}. Next: python sample.py --model {out}" + (' --prompt "Which is larger, 12 or 90?"' if demo and not flags.data else ""))
         if flags.push_to_hub:
             from huggingface_hub import HfApi
 
             try:
                 HfApi().create_repo(flags.push_to_hub, exist_ok=True)
-                HfApi().upload_folder(folder_path=out, repo_id=flags.push_to_hub, ignore_patterns=["checkpoint-*", "*.part", *OWN_FILES])
+                HfApi().upload_folder(folder_path=out, repo_id=flags.push_to_hub, allow_patterns=names)
             except Exception as error:  # the hub client raises many kinds; the model is safe on the disk
-                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {str(error).splitlines()[0]}); the model is in {out}") from error
+                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); the model is in {out}") from error
             say(f"Uploaded to {flags.push_to_hub}.")
     return 0
+
+
+def one_line(error, flags):
+    """What to tell of an error that is not this program's fault; empty for any other, which deserves its traceback."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full; lower --max_tokens (now {flags.max_tokens}) or add --gradient_checkpointing; neither changes the result"
+    if isinstance(error, OSError):
+        return f"{error}" + ("" if error.filename else f", while writing to {flags.output_dir}")
+    if isinstance(error, UserError):
+        return str(error).replace("\n", " ")
+    if isinstance(error, RuntimeError) and dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistBackendError)):
+        return f"rank {dist.get_rank()} ends because another rank has ended; see what that one says"
+    return ""
 
 
 if __name__ == "__main__":
     flags, given = parse(sys.argv[1:])
     try:
         status = main(flags, given)
-    except (UserError, torch.OutOfMemoryError) as error:
-        if flags.debug:
+    except KeyboardInterrupt:  # before the loop, where there is nothing to save
+        os._exit(130)
+    except Exception as error:
+        if flags.debug or not one_line(error, flags):
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            error = f"the GPU's memory is full; lower --max_tokens (now {flags.max_tokens}) or add --gradient_checkpointing; neither changes the result"
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-        status = 1
-    if dist.is_initialized() and status == 0:
+        tqdm.write(f"train.py: {one_line(error, flags)}", file=sys.stderr)  # below the progress bar
+        sys.stdout.flush()
+        os._exit(1)  # at once: the other ranks may be gone or waiting
+    if dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(status) if status == 1 else sys.exit(status)
+    sys.exit(status)
