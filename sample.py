@@ -40,7 +40,8 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 def generate(model, prompts, max_new_tokens, stop_ids=(), **choice):
     """Continue a batch of prompts (lists of ids, any lengths) together. Yields, a step at a time, the list of each row's next id;
     None once a row has ended, at one of stop_ids or at the model's last position. `choice`: the arguments of `pick`."""
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    device = model.lm_head.weight.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype
     if any(not prompt for prompt in prompts):
         raise UserError("a prompt without a single token cannot be continued")
     too_large = max(map(max, prompts))
@@ -165,6 +166,8 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = Tokenizer.from_pretrained(args.model, revision=args.revision)
     model = Transformer.from_pretrained(args.model, revision=args.revision).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    if device == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
+        torch.set_num_threads(1)  # waking a second thread for so little work takes longer than the work
     templated = tokenizer.has_template and not args.raw
     if args.system and not templated:
         raise UserError("--system needs a chat template, and " + ("--raw does without" if args.raw else f"{args.model} has none"))

@@ -137,6 +137,14 @@ def test_orpo_loss_and_metrics_by_hand(prompt_loss):
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
 
 
+def test_reward_accuracy_of_plain_sft():
+    """The README's row on beta 0: the rewards are all 0 then, the accuracy is that of the log-probabilities."""
+    batch = pack([([1, 2], [3], [4]), ([1], [2, 3], [5])])
+    logps = torch.tensor([-1.0, -0.5, -0.7, -0.2, -0.3, -0.1])  # wins, loses
+    metrics = dict(zip(METRICS, orpo_loss(logps, batch, 0.0, 4, 2)[1].tolist()))
+    assert metrics["rewards/accuracies"] == 0.5 and metrics["rewards/margins"] == 0 and metrics["loss"] == metrics["nll_loss"]
+
+
 def test_losses_of_packs_add_up_to_the_loss_of_the_step():
     pairs = some_pairs(9)
     tokens = sum(len(p) - 1 + len(c) for p, c, _ in pairs)
