@@ -3159,7 +3159,7 @@ def trl_step(model_dir, rows, tokenizer, beta=0.1):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    config = trl.ORPOConfig(output_dir="unused", per_device_train_batch_size=len(rows), beta=beta, max_length=4096, report_to=[], use_cpu=True, disable_tqdm=True)
+    config = trl.ORPOConfig(output_dir=ROOT.name, per_device_train_batch_size=len(rows), beta=beta, max_length=4096, report_to=[], use_cpu=True, disable_tqdm=True)
     trainer = trl.ORPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
     loss, metrics = trainer.get_batch_loss_metrics(model, batch, "train")
@@ -3180,13 +3180,13 @@ def our_step(model_dir, rows, tokenizer, beta=0.1, max_tokens=8192, prompt_loss=
     return dict(zip(METRICS, total.tolist())), {name: p.grad for name, p in model.named_parameters()}
 
 
-CASES = [("hh_harmless_test.jsonl.gz", 64, ""), ("orca.conv_explicit.jsonl", 32, "chatml"), ("rasbt_alpaca.standard_explicit.jsonl", 64, ""), ("rasbt_alpaca.standard_explicit.jsonl", 1, "")]
+# file, pairs, chat template, longest part of a row in tokens
+CASES = [("hh_harmless_test.jsonl.gz", 64, "", 500), ("orca.conv_explicit.jsonl", 32, "chatml", 1200), ("rasbt_alpaca.standard_explicit.jsonl", 64, "", 500), ("rasbt_alpaca.standard_explicit.jsonl", 1, "", 500)]
 
 
-@pytest.mark.parametrize("file, count, template", CASES)
-def test_one_step_equals_trl(file, count, template, tmp_path):
-    if not SHARED.exists():
-        pytest.skip("../shared is not there")
+@needs_shared
+@pytest.mark.parametrize("file, count, template, longest", CASES)
+def test_one_step_equals_trl(file, count, template, longest):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = SHARED / "realdata/models/stories260K"
     ours, theirs = Tokenizer.from_pretrained(model), transformers.AutoTokenizer.from_pretrained(model)
@@ -3196,9 +3196,8 @@ def test_one_step_equals_trl(file, count, template, tmp_path):
         ours.has_template = True
     rows = [row for row in read_pairs(SHARED / "realdata/pref" / file) if row["chosen"] != row["rejected"]]
 
-    def fits(row):  # where TRL is right: whole rows, and no merge across the boundary on one side alone
-        return max(map(len, encode_pair(row, ours, max_length=10**6, max_prompt_length=10**5))) < 500
-    rows = [row for row in rows if fits(row)][:count]
+    rows = [row for row in rows if max(map(len, encode_pair(row, ours, max_length=10**6, max_prompt_length=10**5))) < longest][:count]  # whole rows
+    assert len(rows) == count
     theirs_metrics, theirs_grads = trl_step(model, rows, theirs)
     ours_metrics, ours_grads = our_step(model, rows, ours)
     print()

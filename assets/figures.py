@@ -2,6 +2,7 @@
 
     python assets/figures.py demo                              # the demo with beta 0, 0.1, 0.5, 1.0: sft_against_orpo.svg, beta.svg, a table
     python assets/figures.py real --model DIR --data FILE      # the same sweep on a pretrained model: beta_real.svg, a table
+    python assets/figures.py ratio                             # the demo with a probability ratio in the odds ratio's place: ratio.svg, a table
     python assets/figures.py mask                              # the attention mask of two packed pairs: mask.svg
     python assets/figures.py speed --model DIR --data FILE     # train.py and TRL's ORPOTrainer in turn: speed.svg, a table
 """
@@ -33,10 +34,19 @@ def save(figure, name):
     print(f"wrote assets/{name}")
 
 
-def train(*arguments):
+# train.py with -log sigmoid(log P_w - log P_l), a probability ratio, as the loss beside L_SFT
+PROBABILITY_RATIO = """
+import sys, orpo, train
+orpo.odds_ratio_loss = lambda chosen, rejected: -orpo.F.logsigmoid(chosen - rejected)
+sys.exit(train.main(*train.parse(sys.argv[1:])))
+"""
+
+
+def train(*arguments, program=(HERE.parent / "train.py",)):
     """Run train.py in a fresh directory; its metrics.jsonl as a list of dicts."""
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, HERE.parent / "train.py", "--output_dir", out, "--save_steps", "0", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+        subprocess.run([sys.executable, *program, "--output_dir", out, "--save_steps", "0", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, env=environment)
         return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -80,6 +90,19 @@ def demo(args):
 
 def real(args):
     draw_sweep(sweep(["--model", args.model, "--data", args.data, "--eval_steps", 20, *args.rest]), "beta_real.svg")
+
+
+def ratio(args):
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
+    print("| contrast | chosen, after | rejected, after | accuracy |\n| --- | --- | --- | --- |")
+    for ax, name, program in zip(axes, ("odds ratio", "probability ratio"), ((HERE.parent / "train.py",), ("-c", PROBABILITY_RATIO))):
+        lines = [line for line in train("--beta", 1, "--eval_steps", 25, program=program) if "eval_loss" in line]
+        curves(ax, lines, f"{name}, beta 1")
+        end = lines[-1]
+        print(f"| {name} | {end['eval_logps/chosen']:.3f} | {end['eval_logps/rejected']:.3f} | {end['eval_rewards/accuracies']:.3f} |", flush=True)
+    axes[0].set_ylabel("mean log-prob, held out")
+    axes[1].legend(loc="lower right")
+    save(figure, "ratio.svg")
 
 
 def mask(args):
@@ -166,7 +189,7 @@ def speed(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["demo", "real", "mask", "speed"])
+    p.add_argument("what", choices=["demo", "real", "ratio", "mask", "speed"])
     p.add_argument("--model", help="directory or hub id")
     p.add_argument("--data", help="preference pairs")
     p.add_argument("--batch_size", type=int, default=8, help="of `speed`")
@@ -176,4 +199,4 @@ if __name__ == "__main__":
     if args.what in ("real", "speed") and not (args.model and args.data):
         p.error(f"{args.what} needs --model and --data")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    {"demo": demo, "real": real, "mask": mask, "speed": speed}[args.what](args)
+    {"demo": demo, "real": real, "ratio": ratio, "mask": mask, "speed": speed}[args.what](args)
