@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import FAMILIES, Config, Transformer
+from model import Config, Transformer
 from orpo import METRICS, orpo_loss
 from sample import continuations, text_after
 

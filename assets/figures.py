@@ -107,7 +107,6 @@ def ratio(args):
 
 def mask(args):
     from data import pack
-    from model import Tree
 
     batch = pack([([0] * 4, [0] * 3, [0] * 2), ([0] * 3, [0] * 2, [0] * 4)])
     T = len(batch.inputs)
