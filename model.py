@@ -27,6 +27,7 @@ from data import MODEL_FILES, UserError, fetch, read_json
 
 # varlen_attn changed between releases: 2.11 takes grouped heads as they come, later ones want to be told
 GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+ONEDNN = torch.backends.mkldnn.is_available()
 SHARD_BYTES = 5 * 10**9  # larger models are saved in files of at most this size, with an index
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,8 +194,11 @@ def without_autocast(x):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
+        weight = self.weight
+        if weight.dtype == x.dtype:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
         with without_autocast(x):
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+            return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -205,6 +209,54 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(config, size):
     return (RMSNorm if config.norm == "rms" else LayerNorm)(size, eps=config.norm_eps)
+
+
+class OneDNN(torch.autograd.Function):
+    """x W^T + b in fp32 by oneDNN, by way of its own tensor layout; only x and W are kept for the backward, as F.linear does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        dx = linear(grad, weight.T) if ctx.needs_input_grad[0] else None
+        dw = linear(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x, weight, bias=None):
+    """x W^T + b, F.linear. Large fp32 products on a CPU go through oneDNN, which uses all of the processor where torch's usual
+    library holds back: on AMD it is twice as fast."""
+    large = min(weight.shape) >= 256 and x.numel() * len(weight) >= 2**22  # others are not worth the copies
+    if large and ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
+            return OneDNN.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`; but for the single row of a generated token on a CPU, where either library reaches only a part of the
+    memory's speed, the product is made of PIECES, which torch spreads over the threads."""
+
+    PIECES = 16
+
+    def __init__(self, C_in, C_out, bias):
+        super().__init__(C_in, C_out, bias=bias)
+        self.small = C_in * C_out < 2**16
+
+    def forward(self, x):
+        if self.small:
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled() or x.is_cuda or x.numel() > self.in_features or self.out_features % self.PIECES:
+            return linear(x, self.weight, self.bias)
+        pieces, column = self.weight.view(self.PIECES, -1, self.in_features), x.reshape(1, -1).T
+        y = torch.bmm(pieces, column.expand(self.PIECES, -1, -1)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
 
 def rope_frequencies(config, device):
@@ -222,10 +274,12 @@ def rope_frequencies(config, device):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding on the first part of each head. x (..., T, heads, D), cos and sin (..., T, 1, rotary_dim / 2)."""
-    half = cos.shape[-1]
-    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).type_as(x)
+    """Rotary position embedding on the first part of each head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of its halves.
+    x (..., T, heads, D), cos and sin (..., T, 1, rotary_dim), sin with the first half's sign."""
+    n = cos.shape[-1]
+    turned = x if n == x.shape[-1] else x[..., :n]
+    turned = torch.addcmul(turned * cos, turned.roll(n // 2, -1), sin).type_as(x)
+    return turned if n == x.shape[-1] else torch.cat([turned, x[..., n:]], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +323,8 @@ class Cache:
     def attend(self, q, k, v, layer, window):
         keys, values = self.keys[layer], self.values[layer]
         if self.aligned:
-            keys[:, self.start : self.used], values[:, self.start : self.used] = k, v
+            keys.narrow(1, self.start, k.shape[1]).copy_(k)
+            values.narrow(1, self.start, k.shape[1]).copy_(v)
         else:
             keys[self.rows, self.positions], values[self.rows, self.positions] = k.to(keys.dtype), v.to(keys.dtype)
         if self.aligned and q.shape[1] == 1:
@@ -334,18 +389,19 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.layer, self.head_dim, self.window = layer, D, config.windows[layer]
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=config.out_bias)
+        self.q_proj = Linear(C, config.num_attention_heads * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * D, C, bias=config.out_bias)
         self.q_norm, self.k_norm = (make_norm(config, D), make_norm(config, D)) if config.qk_norm else (None, None)
 
     def forward(self, x, rotary, layout):
-        q, k, v = (proj(x).view(*x.shape[:-1], -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (..., T, heads, D)
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (..., T, heads, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(torch.cat([q, k], dim=-2), *rotary).split([q.shape[-2], k.shape[-2]], dim=-2)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         return self.o_proj(layout.attend(q, k, v, self.layer, self.window).flatten(-2))
 
 
@@ -354,9 +410,9 @@ class MLP(nn.Module):
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias) if config.gated else None
-        self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias)
+        self.gate_proj = Linear(C, inner, bias=config.mlp_bias) if config.gated else None
+        self.up_proj = Linear(C, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, C, bias=config.mlp_bias)
 
     def forward(self, x, weight=None):
         hidden = self.act(self.up_proj(x)) if self.gate_proj is None else self.act(self.gate_proj(x)) * self.up_proj(x)
@@ -389,7 +445,7 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.top_k, self.renormalise, self.act = config.num_experts_per_tok, config.norm_topk_prob, ACTIVATIONS[config.hidden_act]
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
 
     def forward(self, x, weight=None):
@@ -441,44 +497,44 @@ class Block(nn.Module):
         return x + out, router
 
 
-def wide_product(a, b, out=None):
+def wide_product(a, b):
     """a @ b; that of half-precision factors in fp32, without rounding the product to half precision first."""
     if a.dtype.itemsize > 2:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float(), out=out)
+        return linear(a, b.T)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(h W^T + b)[target], a few rows at a time in fp32: neither pass ever holds the logits of the whole batch.
+    """log softmax(h W^T + b)[target] in fp32, a part of the vocabulary at a time: neither pass ever holds the logits of the batch.
 
-    h (S, C), weight (V, C), bias (V,) or None, targets (S,) -> (S,). The backward computes each chunk's logits once more.
+    h (S, C), weight (V, C), bias (V,) or None, targets (S,) -> (S,). The backward computes each part's logits once more.
     """
 
-    CHUNK = {"cpu": 2**23, "cuda": 2**28}  # logits at a time (floats)
+    CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits at a time (floats)
 
     @staticmethod
-    def chunks(h, w, bias):
-        """Yields (rows, their h, their logits) over all rows of h, in fp32 or wider; logits may be overwritten."""
-        count = max(16, TargetLogps.CHUNK.get(h.device.type, 2**26) // len(w))
-        # on a CPU all chunks share one piece of memory: fresh pages cost more than what is computed on them
-        wide = torch.promote_types(h.dtype, torch.float32)
-        buffer = None if h.is_cuda else torch.empty(min(count, len(h)), len(w), dtype=wide)
-        for start in range(0, len(h), count):
-            x = h[start : start + count]
-            logits = wide_product(x, w.T, None if buffer is None else buffer[: len(x)])
-            yield slice(start, start + len(x)), x, logits if bias is None else logits.add_(bias)
+    def parts(h, weight, bias, targets):
+        """Yields (slice of the vocabulary, its weights, the logits (S, v), which may be overwritten, each target's place among
+        them, and whether it stands there at all), h and the weights in ctx's dtype."""
+        size = max(64, TargetLogps.CHUNK.get(h.device.type, 2**26) // len(h) // 64 * 64)
+        for start in range(0, len(weight), size):
+            part = slice(start, min(start + size, len(weight)))
+            w = weight[part].to(h.dtype)
+            logits = wide_product(h, w.T)
+            place = (targets - start).clamp(0, len(w) - 1)[:, None]
+            yield part, w, logits if bias is None else logits.add_(bias[part]), place, (targets >= start) & (targets < part.stop)
 
     @staticmethod
     def forward(ctx, h, weight, bias, targets):
         device = h.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        lse = torch.empty(len(h), device=h.device, dtype=torch.promote_types(ctx.dtype, torch.float32))
-        picked = torch.empty_like(lse)  # the targets' logits
+        picked = torch.zeros(len(h), device=h.device, dtype=torch.promote_types(ctx.dtype, torch.float32))  # the targets' logits
+        lse = torch.full_like(picked, -torch.inf)
         with torch.autocast(device, enabled=False):
-            for rows, _, logits in TargetLogps.chunks(h.to(ctx.dtype), weight.to(ctx.dtype), bias):
-                picked[rows] = logits.gather(1, targets[rows, None])[:, 0]
-                top = logits.amax(1, keepdim=True)
-                lse[rows] = (top + logits.sub_(top).exp_().sum(1, keepdim=True).log())[:, 0]
+            for _, _, logits, place, here in TargetLogps.parts(h.to(ctx.dtype), weight, bias, targets):
+                picked += logits.gather(1, place)[:, 0] * here
+                top = logits.amax(1)
+                lse = torch.logaddexp(lse, top + logits.sub_(top[:, None]).exp_().sum(1).log())
         ctx.save_for_backward(h, weight, bias, targets, lse)
         return picked - lse
 
@@ -486,22 +542,18 @@ class TargetLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         h, weight, bias, targets, lse = ctx.saved_tensors
-        w = weight.to(ctx.dtype)
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight)
-        db = None if bias is None else torch.zeros_like(bias)
+        dh, dw, db = torch.zeros_like(h, dtype=lse.dtype), torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
         with torch.autocast(h.device.type, enabled=False):
-            for rows, x, logits in TargetLogps.chunks(h.to(ctx.dtype), w, bias):
-                g = grad[rows, None]
+            x = h.to(ctx.dtype)
+            for part, w, logits, place, here in TargetLogps.parts(x, weight, bias, targets):
                 # d logp / d logits = onehot(target) - softmax(logits)
-                d = logits.sub_(lse[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)  # (rows, V)
-                db = db if db is None else db.add_(d.sum(0))
+                d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None]).scatter_add_(1, place, (grad * here)[:, None])  # (S, v)
+                if bias is not None:
+                    db[part] = d.sum(0)
                 d = d.to(ctx.dtype)
-                dh[rows] = d @ w
-                if ctx.dtype == dw.dtype:
-                    dw.addmm_(d.T, x)
-                else:
-                    dw += wide_product(d.T, x)
-        return dh, dw, db, None
+                dh += wide_product(d, w)
+                dw[part] = wide_product(d.T, x)
+        return dh.to(h.dtype), dw, db, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,7 +569,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, narrow)
         learned = config.position_offset is not None
         self.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, C) if learned else None
-        self.project_in, self.project_out = (nn.Linear(narrow, C, bias=False), nn.Linear(C, narrow, bias=False)) if narrow != C else (None, None)
+        self.project_in, self.project_out = (Linear(narrow, C, bias=False), Linear(C, narrow, bias=False)) if narrow != C else (None, None)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config, C) if config.final_norm else None
 
@@ -530,7 +582,7 @@ class Transformer(nn.Module):
         self.config, self.hf_config, self.generation_config = config, hf_config, None
         self.file_dtype, self.gradient_checkpointing = torch.float32, False
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.embed_dim or config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.lm_head = Linear(config.embed_dim or config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.tie()
 
     def tie(self):
@@ -563,8 +615,9 @@ class Transformer(nn.Module):
         if m.embed_positions is not None:
             x = x + m.embed_positions(positions + self.config.position_offset)
         else:
-            angles = positions[..., None, None].float() * rope_frequencies(self.config, tokens.device)  # (..., T, 1, rotary_dim / 2)
-            rotary = angles.cos(), angles.sin()
+            frequencies = rope_frequencies(self.config, tokens.device)
+            angles = positions[..., None, None].float() * torch.cat([-frequencies, frequencies])  # (..., T, 1, rotary_dim)
+            rotary = angles.cos(), angles.sin()  # cos(-a) = cos(a), sin(-a) = -sin(a): the sign that `rotate` asks for
             if x.dtype == torch.float64:  # the gradient check's precision
                 rotary = angles.double().cos(), angles.double().sin()
         if torch.is_autocast_enabled(x.device.type):  # the residual stream has autocast's precision; norms and sums inside are fp32

@@ -1605,10 +1605,10 @@ def scoring(S=50, V=37, C=8, dtype=torch.float32, bias=True):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("chunk", [1, 40 * 37, 2**23])  # 16 rows (the least), 40, all
+@pytest.mark.parametrize("chunk", [1, 50 * 128, 2**23])  # 64 words of 200 at a time (the least), 128, all
 def test_target_logps_equal_log_softmax(chunk, bias, monkeypatch):
     monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": chunk})
-    h, weight, b, targets = scoring(bias=bias)
+    h, weight, b, targets = scoring(V=200, bias=bias)
     inputs = [h, weight] + [b] * bias
     expected = F.linear(h, weight, b).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     ours = TargetLogps.apply(h, weight, b, targets)
@@ -1621,7 +1621,7 @@ def test_target_logps_equal_log_softmax(chunk, bias, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_target_logps_gradcheck(bias, monkeypatch):
     monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": 1})
-    assert torch.autograd.gradcheck(TargetLogps.apply, scoring(20, 7, 3, torch.float64, bias))
+    assert torch.autograd.gradcheck(TargetLogps.apply, scoring(6, 70, 3, torch.float64, bias))
 
 
 def test_target_logps_under_autocast():
@@ -1646,11 +1646,48 @@ def test_target_logps_never_hold_all_logits(monkeypatch):
             self.numel = max([self.numel] + [t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)])
             return out
 
-    monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": 16 * 1000})
+    monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": 400 * 64})
     h, weight, bias, targets = scoring(S=400, V=1000)
     with Largest() as largest:
         TargetLogps.apply(h, weight, bias, targets).sum().backward()
-    assert largest.numel == 16 * 1000 and h.grad is not None  # 16 rows of logits at a time, of 400
+    assert largest.numel == 400 * 64 and h.grad is not None  # 64 columns of the logits at a time, of 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrix products on a CPU.
+
+
+@pytest.mark.skipif(not model_module.ONEDNN, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("rows", [(300,), (2, 150), (20,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_by_onednn(rows, bias, monkeypatch):
+    """Large products go through oneDNN and equal F.linear, gradients included; the backward's own where they are large."""
+    torch.manual_seed(7)
+    x, weight = torch.randn(*rows, 512, requires_grad=True), torch.randn(768, 512, requires_grad=True)
+    inputs = [x, weight] + [torch.randn(768, requires_grad=True)] * bias
+    ours, theirs = model_module.linear(*inputs), F.linear(*inputs)
+    assert type(ours.grad_fn).__name__ == "OneDNNBackward"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    some = torch.randn_like(ours)
+    for ours, theirs in zip(torch.autograd.grad(ours, inputs, some), torch.autograd.grad(theirs, inputs, some)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+    for other in (inputs[1][:, :200], inputs[1].double(), inputs[1].bfloat16()):  # narrow, or not fp32
+        product = model_module.linear(torch.randn(4096, other.shape[1], dtype=other.dtype), other)
+        assert type(product.grad_fn).__name__ != "OneDNNBackward"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 512), (1, 512), (2, 512)])
+@pytest.mark.parametrize("C_out, bias", [(256, True), (256, False), (250, True)])
+def test_product_of_a_single_row(shape, C_out, bias, monkeypatch):
+    torch.manual_seed(8)
+    calls, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *pair: calls.append(1) or bmm(*pair))
+    layer, x = model_module.Linear(512, C_out, bias=bias), torch.randn(shape)
+    with torch.no_grad():
+        ours = layer(x)
+    made_of_pieces = C_out == 256 and shape != (2, 512)
+    assert len(calls) == made_of_pieces and layer(x).requires_grad and len(calls) == made_of_pieces  # in training the usual product
+    torch.testing.assert_close(ours, F.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-5)
 
 
 def test_only_scored_positions_are_scored():

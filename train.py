@@ -10,6 +10,7 @@ The trajectory does not depend on the hardware: a step is the next `batch_size` 
 micro-steps and ranks compute it, and its losses are sums divided once by the counts of the whole step.
 """
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import fnmatch
@@ -30,6 +31,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin while they wait slow shared cores down several times
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: freed memory stays at hand for the next tensors, instead of being fetched anew
+    libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 import numpy as np
 import torch
