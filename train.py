@@ -115,7 +115,12 @@ GROUPS = {"model": "model and data", "beta": "objective", "learning_rate": "opti
 # What the demo sets where nothing is said: a tiny model needs a larger learning rate, and its task shows more at a larger beta.
 DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, max_steps=750, max_length=64, max_prompt_length=32, eval_steps=250, logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                  max_position_embeddings=256, tie_word_embeddings=True)
+                  max_position_embeddings=256, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
+LINE = ("step {step}/{total} | epoch {epoch:.2f} | loss {loss:.4f} = nll {nll_loss:.4f} - {beta:g} x {log_odds_ratio:.4f} | accuracy {rewards/accuracies:.3f}"
+        " | margin {rewards/margins:.4f} | grad {grad_norm:.2f} | lr {learning_rate:.2e} | {pairs_per_second:.1f} pairs/s | {tokens_per_second:.0f} tokens/s"
+        " | {peak_memory_gb:.2f} GB")
+SUMMARY = {"eval_logps/chosen": "log-prob chosen", "eval_logps/rejected": "log-prob rejected", "eval_rewards/accuracies": "reward accuracy",
+           "eval_rewards/margins": "reward margin"}
 BAD_STEPS = 5  # this many steps in a row without a finite gradient end the run
 # dense bf16 peak by name, in operations per second (vendors' data sheets, without sparsity)
 PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -157,6 +162,7 @@ def parse(arguments):
         print(f"train.py: {message}", file=sys.stderr)
         sys.exit(2)
 
+    group = parser
     parser.error = lambda message: refuse(f"{message}; see python train.py --help")
     for field in dataclasses.fields(Flags):
         text, choices = field.metadata["help"], field.metadata["choices"]
@@ -392,6 +398,123 @@ def model_card(flags, final):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The stages of a run before and after its loop.
+
+
+def take_up(flags, given, rank, ranks):
+    """Check --output_dir, and with --resume take over the flags that its newest checkpoint records. Returns that checkpoint, or None."""
+    out, checkpoint = flags.output_dir, None
+    if flags.resume:
+        step = torch.tensor(int(newest_checkpoint(out).rpartition("-")[2]) if rank == 0 else 0)
+        if ranks > 1:
+            dist.broadcast(step, 0)
+        checkpoint = checkpoints(out).get(int(step))
+        if not checkpoint:
+            raise UserError(f"{out}: rank {rank} does not see checkpoint-{int(step)} there; all machines must share --output_dir")
+        recorded = data.read_json(os.path.join(checkpoint, "train_config.json"))
+        for field in dataclasses.fields(Flags):
+            name, now = field.name, getattr(flags, field.name)
+            if name not in recorded or name in ("resume", "debug", "output_dir", "overwrite_output_dir"):
+                continue
+            if name not in given:
+                setattr(flags, name, recorded[name])
+            elif field.metadata["changes_run"] and now != recorded[name]:
+                raise UserError(f"--{name} {now} would change the run, which has {recorded[name]}; "
+                                "leave it out, or start afresh in another --output_dir")
+        if wrong := wrong_with(flags):
+            raise UserError(f"{checkpoint}: its train_config.json cannot be used ({wrong})")
+    elif os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"{out}: --output_dir is a file; choose another")
+    elif run_files(out) and not (flags.overwrite_output_dir or flags.dry_run):
+        raise UserError(f"{out}: holds a run or a model already; go on with it (--resume), discard it (--overwrite_output_dir), "
+                        "or choose another --output_dir")
+    elif flags.overwrite_output_dir and flags.model and (os.path.realpath(flags.model) + os.sep).startswith(os.path.realpath(out) + os.sep):
+        raise UserError(f"{out}: --overwrite_output_dir would discard --model {flags.model}; choose another --output_dir")
+    if "num_train_epochs" in given and "max_steps" not in given:
+        flags.max_steps = 0  # neither the demo's nor the recorded one is to outweigh what was asked for
+    if flags.report_to != "none" and not importlib.util.find_spec(flags.report_to):
+        raise UserError(f"--report_to {flags.report_to}: pip install {flags.report_to}")
+    if not flags.dry_run:
+        probe = os.path.join(out, f".writable-{rank}")
+        try:
+            os.makedirs(out, exist_ok=True)
+            open(probe, "w").close()
+            os.remove(probe)
+        except OSError as error:
+            raise UserError(f"{out}: --output_dir cannot be written to ({error.strerror})") from error
+    return checkpoint
+
+
+def load_pairs(flags, tokenizer, say):
+    """Read and tokenize --data and --eval_data, or hold pairs out. Returns the pairs to train on and those to evaluate on, or None."""
+    options = dict(max_length=flags.max_length, max_prompt_length=flags.max_prompt_length, truncation_mode=flags.truncation_mode,
+                   progress=sys.stderr.isatty())
+    if not flags.model and not flags.data:
+        say("No --model and no --data: the demo, a tiny decoder learns which of two numbers is larger.")
+    rows = data.read_pairs(flags.data, progress=options["progress"]) if flags.data else data.demo_pairs(3200, flags.seed)
+    if not tokenizer.has_template and isinstance(rows[0]["chosen"], list):
+        say("The model has no chat template: conversations are written as <|user|> and <|assistant|> turns closed by EOS, "
+            "and the template is saved with the model.")
+        tokenizer.has_template = True
+    pairs, held_out = data.tokenize_pairs(rows, tokenizer, **options), None
+    say(f"{', '.join(flags.data) or 'demo pairs'}: {pairs.report}")
+    if flags.eval_data:
+        held_out = data.tokenize_pairs(data.read_pairs(flags.eval_data), tokenizer, **options)
+        say(f"{', '.join(flags.eval_data)}: {held_out.report}")
+    elif flags.eval_pairs:
+        count = flags.eval_pairs if flags.eval_pairs > 0 else min(200, len(pairs) // 10)
+        if count >= len(pairs):
+            raise UserError(f"--eval_pairs {count}: only {len(pairs)} pairs are there, and some must be left to train on")
+        order = np.random.default_rng([flags.seed, 2**32]).permutation(len(pairs))  # not the order of any epoch
+        if count:
+            pairs, held_out = pairs.select(np.sort(order[count:])), pairs.select(np.sort(order[:count]))
+            say(f"{count} pairs are held out for evaluation.")
+    return pairs, held_out
+
+
+def restore(checkpoint, fingerprint, window, named, optimizer):
+    """Load the optimizer's state from a checkpoint, and return its state.json, with `window` as a tensor like the given one."""
+    try:
+        state = data.read_json(os.path.join(checkpoint, "state.json"))
+        if state["data"] != fingerprint:
+            raise UserError(f"{checkpoint}: the pairs are not those that this run was started with; restore the data files, "
+                            "or start afresh in another --output_dir")
+        if not (type(state["in_a_row"]) is int and isinstance(getattr(torch, state["save_dtype"]), torch.dtype)):
+            raise ValueError(f"in_a_row {state['in_a_row']!r}, save_dtype {state['save_dtype']!r}")
+        state["window"] = torch.tensor(state["window"], dtype=window.dtype, device=window.device).view_as(window)
+        moments = load_file(os.path.join(checkpoint, "optimizer.safetensors"))
+        for name, parameter in named.items():
+            shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
+            optimizer.state[parameter] = {key: moments[f"{key}.{name}"].to(parameter.device).view(shape) for key, shape in shapes.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{checkpoint}: cannot be resumed from ({type(error).__name__}: {error}); "
+                        "remove it to go back to the one before it") from error
+    return state
+
+
+def write_model(flags, model, tokenizer, save_dtype, results):
+    """Write the final model to --output_dir, whole files only, with `results` in the card for the hub. Returns their names."""
+    def write(directory):
+        model.save_pretrained(directory, save_dtype)
+        tokenizer.save_pretrained(directory)
+        if flags.push_to_hub:
+            with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
+                file.write(model_card(flags, results))
+
+    out, final = flags.output_dir, os.path.join(flags.output_dir, "final")
+    write_directory(final, write)
+    os.remove(os.path.join(final, "manifest.json"))
+    names = sorted(os.listdir(final))
+    for name in names:
+        os.replace(os.path.join(final, name), os.path.join(out, name))
+    os.rmdir(final)
+    for path in run_files(out):  # an older model's other files, such as shards beside a single file, would be read with the new ones
+        if os.path.isfile(path) and os.path.basename(path) not in names + OWN_FILES:
+            os.remove(path)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run.
 
 
@@ -402,141 +525,77 @@ def main(flags, given):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         if local >= torch.cuda.device_count():
-            raise UserError(f"rank {rank} has no GPU: this machine has {torch.cuda.device_count()}, so use torchrun --nproc_per_node={torch.cuda.device_count()}")
+            raise UserError(f"rank {rank} has no GPU: this machine has {torch.cuda.device_count()}, "
+                            f"so use torchrun --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     first = rank == 0
     say = lambda text: tqdm.write(text) if first else None
-
-    # -- the output directory, and what an earlier run left there -----------------------------------------------------
-    out = flags.output_dir
-    checkpoint = None
-    if flags.resume:
-        step = torch.tensor(int(newest_checkpoint(out).rpartition("-")[2]) if first else 0)
-        if ranks > 1:
-            dist.broadcast(step, 0)
-        checkpoint = checkpoints(out).get(int(step))
-        if not checkpoint:
-            raise UserError(f"{out}: rank {rank} does not see checkpoint-{int(step)} there; all machines must share --output_dir")
-        recorded = data.read_json(os.path.join(checkpoint, "train_config.json"))
-        for field in dataclasses.fields(Flags):
-            if field.name not in recorded or field.name in ("resume", "debug", "output_dir", "overwrite_output_dir"):
-                continue
-            if field.name not in given:
-                setattr(flags, field.name, recorded[field.name])
-            elif field.metadata["changes_run"] and getattr(flags, field.name) != recorded[field.name]:
-                raise UserError(f"--{field.name} {getattr(flags, field.name)} would change the run, which has {recorded[field.name]}; leave it out, or start afresh in another --output_dir")
-        if wrong := wrong_with(flags):
-            raise UserError(f"{checkpoint}: its train_config.json cannot be used ({wrong})")
-    elif os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out}: --output_dir is a file; choose another")
-    elif run_files(out) and not (flags.overwrite_output_dir or flags.dry_run):
-        raise UserError(f"{out}: holds a run or a model already; go on with it (--resume), discard it (--overwrite_output_dir), or choose another --output_dir")
-    elif flags.overwrite_output_dir and flags.model and (os.path.realpath(flags.model) + os.sep).startswith(os.path.realpath(out) + os.sep):
-        raise UserError(f"{out}: --overwrite_output_dir would discard --model {flags.model}; choose another --output_dir")
-    if "num_train_epochs" in given and "max_steps" not in given:
-        flags.max_steps = 0  # neither the demo's nor the recorded one is to outweigh what was asked for
-    if flags.report_to != "none" and not importlib.util.find_spec(flags.report_to):
-        raise UserError(f"--report_to {flags.report_to}: pip install {flags.report_to}")
-    if not flags.dry_run:
-        try:
-            os.makedirs(out, exist_ok=True)
-            with open(os.path.join(out, f".writable-{rank}"), "w"):
-                pass
-            os.remove(os.path.join(out, f".writable-{rank}"))
-        except OSError as error:
-            raise UserError(f"{out}: --output_dir cannot be written to ({error.strerror})") from error
+    out, checkpoint = flags.output_dir, take_up(flags, given, rank, ranks)
     if not flags.dtype:
         flags.dtype = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
 
-    # -- model, tokenizer, pairs --------------------------------------------------------------------------------------
+    # -- pairs: read and tokenized by one rank, the others get the arrays ---------------------------------------------
     demo = not flags.model
     tokenizer = data.demo_tokenizer() if demo else data.Tokenizer.from_pretrained(flags.model, revision=flags.revision or None)
-    pairs = held_out = None
-    if first:  # read and tokenized once; the other ranks get the arrays
-        if not flags.model and not flags.data:
-            say("No --model and no --data: the demo, a tiny decoder learns which of two numbers is larger.")
-        options = dict(max_length=flags.max_length, max_prompt_length=flags.max_prompt_length, truncation_mode=flags.truncation_mode, progress=sys.stderr.isatty())
-        rows = data.read_pairs(flags.data, progress=options["progress"]) if flags.data else data.demo_pairs(3200, flags.seed)
-        if not tokenizer.has_template and isinstance(rows[0]["chosen"], list):
-            say("The model has no chat template: conversations are written as <|user|> and <|assistant|> turns closed by EOS, and the template is saved with the model.")
-            tokenizer.has_template = True
-        pairs = data.tokenize_pairs(rows, tokenizer, **options)
-        say(f"{', '.join(flags.data) or 'demo pairs'}: {pairs.report}")
-        if flags.eval_data:
-            held_out = data.tokenize_pairs(data.read_pairs(flags.eval_data), tokenizer, **options)
-            say(f"{', '.join(flags.eval_data)}: {held_out.report}")
-        elif flags.eval_pairs:
-            count = flags.eval_pairs if flags.eval_pairs > 0 else min(200, len(pairs) // 10)
-            if count >= len(pairs):
-                raise UserError(f"--eval_pairs {count}: only {len(pairs)} pairs are there, and some must be left to train on")
-            order = np.random.default_rng([flags.seed, 2**32]).permutation(len(pairs))  # not the order of any epoch
-            if count:
-                pairs, held_out = pairs.select(np.sort(order[count:])), pairs.select(np.sort(order[:count]))
-                say(f"{count} pairs are held out for evaluation.")
-        if flags.dry_run:
-            for i in range(min(3, len(pairs))):
-                say(f"\nrow {pairs.rows[i]}\n{data.describe(pairs[i], tokenizer, flags.prompt_loss)}")
+    pairs, held_out = load_pairs(flags, tokenizer, say) if first else (None, None)
+    if flags.dry_run:
+        for i in range(min(3, len(pairs)) if first else 0):
+            say(f"\nrow {pairs.rows[i]}\n{data.describe(pairs[i], tokenizer, flags.prompt_loss)}")
+        if first:
             lengths = np.diff(pairs.ends, prepend=0).reshape(-1, 3)
             say("\nmean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}; longest {}, {}, {}".format(*lengths.mean(0), *lengths.max(0)))
-    if flags.dry_run:
         return 0
     if ranks > 1:
         pairs = share_pairs(pairs, rank)
-        evaluated = torch.tensor(held_out is not None and 1 or 0)
+        evaluated = torch.tensor(int(held_out is not None))
         dist.broadcast(evaluated, 0)
         held_out = share_pairs(held_out, rank) if evaluated else None
-    source = checkpoint or flags.model
-    if source:
-        model = Transformer.from_pretrained(source, revision=None if checkpoint else flags.revision or None)
-    else:
-        hf = DEMO_SHAPE | {"vocab_size": tokenizer.backend.get_vocab_size(), "eos_token_id": tokenizer.eos_id, "architectures": ["LlamaForCausalLM"]}
-        model = Transformer(Config.from_hf(hf), hf).initialise(flags.seed)
     everything = [pairs] + [held_out] * (held_out is not None)
+
+    # -- model --------------------------------------------------------------------------------------------------------
+    if checkpoint or flags.model:
+        model = Transformer.from_pretrained(checkpoint or flags.model, revision=None if checkpoint else flags.revision or None)
+    else:
+        shape = DEMO_SHAPE | {"vocab_size": tokenizer.backend.get_vocab_size(), "eos_token_id": tokenizer.eos_id}
+        model = Transformer(Config.from_hf(shape), shape).initialise(flags.seed)
+    config = model.config
     longest = max(int((p.spans()[:, :1] + p.spans()[:, 1:]).max()) + 1 for p in everything)
     too_large = max(int(p.tokens.max()) for p in everything)
-    if too_large >= model.config.vocab_size:
-        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {model.config.vocab_size}: tokenizer and model do not belong together")
+    if too_large >= config.vocab_size:
+        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {config.vocab_size}: tokenizer and model do not belong together")
     if model.max_positions and longest > model.max_positions:
-        raise UserError(f"a sequence of {longest} tokens does not fit the model's {model.max_positions} positions; use --max_length {model.max_positions} (and a smaller --max_prompt_length)")
-    model.gradient_checkpointing = flags.gradient_checkpointing
-    save_dtype = getattr(torch, flags.save_dtype) if flags.save_dtype else model.file_dtype
-    config = model.config
+        raise UserError(f"a sequence of {longest} tokens does not fit the model's {model.max_positions} positions; "
+                        f"use --max_length {model.max_positions} (and a smaller --max_prompt_length)")
     aux = bool(config.moe_layers) and (flags.output_router_logits or config.output_router_logits) and config.router_aux_loss_coef > 0
     packing = dict(max_tokens=flags.max_tokens, prompt_loss=flags.prompt_loss, feed_last=aux)
     longest_tree = max(int(p.spans().sum(1).max()) for p in everything) + 2 * aux
     if flags.max_tokens < longest_tree:
         raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair needs {longest_tree}; use at least that, or cut pairs with --max_length")
+    model.gradient_checkpointing = flags.gradient_checkpointing
+    model.to(device).train()
 
     # -- optimizer, and the state of a resumed run --------------------------------------------------------------------
-    model.to(device).train()
     named = dict(model.named_parameters())
+    parameters = sum(p.numel() for p in named.values())
+    if flags.learning_rate == -1:
+        flags.learning_rate = min(1e-3, 5e-6 * math.sqrt(7e9 / parameters))
     groups = [{"params": [p for p in named.values() if p.ndim > 1], "weight_decay": flags.weight_decay},
               {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0}]
-    if flags.learning_rate == -1:
-        flags.learning_rate = min(1e-3, 5e-6 * math.sqrt(7e9 / sum(p.numel() for p in named.values())))
     optimizer = torch.optim.AdamW(groups, lr=flags.learning_rate, betas=(flags.adam_beta1, flags.adam_beta2), eps=flags.adam_epsilon, fused=True)
     per_epoch = math.ceil(len(pairs) / flags.batch_size)
     total = flags.max_steps or math.ceil(flags.num_train_epochs * per_epoch)
     NAMES = METRICS + ("aux_loss",) * aux + ("grad_norm",)
     window = torch.zeros(len(NAMES) + 1, dtype=torch.float64, device=device)  # sums over the steps since the last line, and how many
     fingerprint = [zlib.crc32(p.tokens.tobytes(), zlib.crc32(p.ends.tobytes())) for p in everything]
-    start, in_a_row = 0, 0  # steps done; steps in a row without a finite gradient
+    start, in_a_row, file_dtype = 0, 0, str(model.file_dtype)[6:]  # steps done; steps in a row without a finite gradient
     if checkpoint:
-        try:
-            state = data.read_json(os.path.join(checkpoint, "state.json"))
-            if state["data"] != fingerprint:
-                raise UserError(f"{checkpoint}: the pairs are not those that this run was started with; restore the data files, or start afresh in another --output_dir")
-            start, in_a_row, save_dtype = int(checkpoint.rpartition("-")[2]), int(state["in_a_row"]), getattr(torch, flags.save_dtype or state["save_dtype"])
-            if first:
-                window += torch.tensor(state["window"], dtype=torch.float64, device=device)
-            moments = load_file(os.path.join(checkpoint, "optimizer.safetensors"))
-            for name, parameter in named.items():
-                shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}
-                optimizer.state[parameter] = {key: moments[f"{key}.{name}"].to(device).view(shape) for key, shape in shapes.items()}
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{checkpoint}: cannot be resumed from ({type(error).__name__}: {error}); remove it to go back to the one before it") from error
+        state = restore(checkpoint, fingerprint, window, named, optimizer)
+        start, in_a_row, file_dtype = int(checkpoint.rpartition("-")[2]), state["in_a_row"], state["save_dtype"]
+        if first:
+            window += state["window"]
+    save_dtype = flags.save_dtype or file_dtype
     if flags.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)  # one graph for all blocks and all lengths of a pack
@@ -544,7 +603,7 @@ def main(flags, given):
     # no cache: a forward uses each weight once, and cached casts of all of them would outlive the blocks they serve
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16", cache_enabled=False)
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    # -- what is written ----------------------------------------------------------------------------------------------
     metrics_file = os.path.join(out, "metrics.jsonl")
     if first:
         log = reporter(flags)
@@ -571,9 +630,10 @@ def main(flags, given):
         def write(directory):
             model.save_pretrained(directory, torch.float32)
             tokenizer.save_pretrained(directory)
-            save_file({f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state[p].items()}, os.path.join(directory, "optimizer.safetensors"))
+            moments = {f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
+            save_file(moments, os.path.join(directory, "optimizer.safetensors"))
             write_json(os.path.join(directory, "train_config.json"), asdict(flags))
-            write_json(os.path.join(directory, "state.json"), {"in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": str(save_dtype)[6:]})
+            write_json(os.path.join(directory, "state.json"), {"in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": save_dtype})
 
         if first:
             write_directory(os.path.join(out, f"checkpoint-{step}"), write)
@@ -582,8 +642,8 @@ def main(flags, given):
         if ranks > 1:  # all wait until it is written: torchrun ends the others when one has ended. On the CPU, as gloo waits longer than nccl
             dist.all_reduce(torch.zeros(1))
 
-    def weights_of(batch):  # how often each position counts in the router's statistics: prompts twice, as in two plain sequences
-        return torch.where(batch.owner % 3 == 0, 2.0, 1.0) if aux else None
+    # -- the loss of a pack, and of a step ----------------------------------------------------------------------------
+    weights_of = lambda batch: torch.where(batch.owner % 3 == 0, 2.0, 1.0)  # in the router's statistics prompts count twice, as in two sequences
 
     def balance_loss(batches):
         """Mixtures of experts: f -> E sum_e f_e P_e needs the step's fractions f of tokens sent to each expert before any gradient:
@@ -600,8 +660,7 @@ def main(flags, given):
     def contribution(batch, module, tokens, count, balance):
         """Loss and metrics that one pack adds to its step."""
         with autocast():
-            scores = module(batch, weights_of(batch)) if aux else module(batch)
-        logps, router = scores if aux else (scores, None)
+            logps, router = module(batch, weights_of(batch)) if aux else (module(batch), None)
         loss, sums = orpo_loss(logps, batch, flags.beta, tokens, count)
         if aux:
             balancing = balance @ router[1]
@@ -623,42 +682,77 @@ def main(flags, given):
         if first:
             record({"step": step, "epoch": round(epoch, 6)} | result)
             log(result, step)
-            say(f"evaluation at step {step}: loss {result['eval_loss']:.4f} | log-prob chosen {result['eval_logps/chosen']:.3f}, rejected {result['eval_logps/rejected']:.3f}"
-                f" | accuracy {result['eval_rewards/accuracies']:.3f} | margin {result['eval_rewards/margins']:.4f}")
-            shown = [held_out[i] for i in range(min(flags.generate_during_eval, len(held_out)))]
-            if shown:
-                prompts = [prompt.tolist() for prompt, _, _ in shown]
-                with autocast():
-                    texts = [text_after(p, new, tokenizer) for p, new in zip(prompts, continuations(model, prompts, 128, tokenizer.stop_ids()))]
-                for prompt, text in zip(prompts, texts):
-                    record({"step": step, "prompt": tokenizer.decode(prompt), "answer": text}, os.path.join(out, "samples.jsonl"))
-                    say(f"  {tokenizer.decode(prompt[-40:])!r} -> {text!r}")
+            say("evaluation at step {}: loss {eval_loss:.4f} | log-prob chosen {eval_logps/chosen:.3f}, rejected {eval_logps/rejected:.3f}"
+                " | accuracy {eval_rewards/accuracies:.3f} | margin {eval_rewards/margins:.4f}".format(step, **result))
+            prompts = [held_out[i][0].tolist() for i in range(min(flags.generate_during_eval, len(held_out)))]
+            with autocast():
+                answers = continuations(model, prompts, 128, tokenizer.stop_ids()) if prompts else []
+            for prompt, answer in zip(prompts, answers):
+                text = text_after(prompt, answer, tokenizer)
+                record({"step": step, "prompt": tokenizer.decode(prompt), "answer": text}, os.path.join(out, "samples.jsonl"))
+                say(f"  {tokenizer.decode(prompt[-40:])!r} -> {text!r}")
         return result
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
-    say(f"{sum(p.numel() for p in named.values()):,} parameters ({config.model_type}); {len(pairs)} pairs, {per_epoch} steps an epoch, {total} steps; "
-        f"{flags.dtype} on {ranks} {torch.cuda.get_device_name(device) if cuda else 'CPU'}{' processes' * (ranks > 1)}; beta {flags.beta:g}, learning rate {flags.learning_rate:.2g}" + (f"; resumed after step {start}" if checkpoint else ""))
+    # -- before the loop ----------------------------------------------------------------------------------------------
+    gpu = torch.cuda.get_device_name(device) if cuda else ""
+    say(f"{parameters:,} parameters ({config.model_type}); {len(pairs)} pairs, {per_epoch} steps an epoch, {total} steps; "
+        f"{flags.dtype} on {ranks} {gpu or 'CPU'}{' processes' * (ranks > 1)}; beta {flags.beta:g}, learning rate {flags.learning_rate:.2g}"
+        + (f"; resumed after step {start}" if checkpoint else ""))
     if cuda and flags.dtype == "bfloat16" and (config.head_dim % 8 or config.head_dim > 256):
         say(f"flash attention has no kernel for heads of size {config.head_dim}: the slower scaled_dot_product_attention is used")
-    peak = next((flops for name, flops in PEAK.items() if cuda and flags.dtype == "bfloat16" and name in torch.cuda.get_device_name(device)), None)
+    peak = next((flops for name, flops in PEAK.items() if flags.dtype == "bfloat16" and name in gpu), None)
     stop = Stop()
     before = after = None  # the evaluations before the first step and after the last
     if held_out is not None and flags.eval_steps and not checkpoint:
         before = after = evaluate(0, 0.0)
     if ranks > 1:  # after its first backward DDP orders its buckets anew, and so the sums of three or more ranks: one for nothing, or no resume were exact
-        contribution(data.pack([pairs[0]], prompt_loss=flags.prompt_loss, feed_last=aux).to(device), network, 1, 1, torch.zeros(config.num_experts, device=device))[0].backward()
+        batch = data.pack([pairs[0]], prompt_loss=flags.prompt_loss, feed_last=aux).to(device)
+        contribution(batch, network, 1, 1, torch.zeros(config.num_experts, device=device))[0].backward()
         optimizer.zero_grad(set_to_none=True)
-    prepare = lambda step: data.make_packs(pairs, step_indices(len(pairs), flags.batch_size, flags.seed, step)[0], rank=rank, ranks=ranks, **packing)
+    indices_of = lambda step: step_indices(len(pairs), flags.batch_size, flags.seed, step)
+    prepare = lambda step: data.make_packs(pairs, indices_of(step)[0], rank=rank, ranks=ranks, **packing)
     worker = ThreadPoolExecutor(1)  # packs the next step's pairs while this one is computed
     upcoming = worker.submit(prepare, start)
     bar = tqdm(total=total, initial=start, desc="training", unit=" steps", disable=None if first else True, dynamic_ncols=True)
     finite, seen_pairs, seen_spans, paused, clock = [], 0, [], 0.0, time.perf_counter()  # all since the last line
     last = {}
-    for step in range(start, total):
-        indices, epoch = step_indices(len(pairs), flags.batch_size, flags.seed, step)
+
+    def look_at_gradients(step):
+        """Report the steps since the last look whose gradient was not finite. Here, and in a logged line, the host waits for the device."""
+        nonlocal in_a_row
+        for number, good in enumerate(torch.stack(finite).tolist(), step + 1 - len(finite)):
+            in_a_row = 0 if good else in_a_row + 1
+            if not good:
+                rows = pairs.rows[indices_of(number - 1)[0]].tolist()
+                say(f"step {number}: the loss or its gradient is not finite; the weights stay as they were. Rows: {rows}")
+            if in_a_row >= BAD_STEPS:
+                kept = list(checkpoints(out).values())[-1:]
+                raise UserError(f"step {number}: {in_a_row} steps in a row without a finite gradient; try a lower --learning_rate. "
+                                + (f"Intact: {kept[0]}" if kept else "There is no checkpoint yet"))
+        finite.clear()
+
+    def line(step, epoch):
+        """The metrics of the steps since the last line, as means; empty if none of them had a finite gradient."""
+        sums = window.clone()
+        if ranks > 1:
+            dist.all_reduce(sums)  # the one reduction of a logged line
+        *values, steps = sums.tolist()
+        seconds = time.perf_counter() - clock - paused
+        spans = np.concatenate(seen_spans)
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if not steps:
+            return {}
+        metrics = {"step": step, "epoch": round(epoch, 6)} | {name: value / steps for name, value in zip(NAMES, values)}
+        metrics |= {"learning_rate": learning_rate(flags, step - 1, total), "pairs_per_second": seen_pairs / seconds,
+                    "tokens_per_second": int(spans.sum()) / seconds, "peak_memory_gb": memory / 2**30}
+        return metrics | ({"mfu": model.training_flops(torch.from_numpy(spans)) / seconds / (peak * ranks)} if peak else {})
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+    for step in range(start + 1, total + 1):
+        indices, epoch = indices_of(step - 1)
         spans = pairs.spans()[indices]
         tokens = sft_tokens(spans, flags.prompt_loss)
-        batches, upcoming = upcoming.result(), worker.submit(prepare, step + 1)
+        batches, upcoming = upcoming.result(), worker.submit(prepare, step)
         share = 1.0 if batches else 0.0  # fewer pairs than ranks: this one computes the first pair for nothing, to stay in step
         batches = [batch.to(device) for batch in batches or [data.pack([pairs[indices[0]]], prompt_loss=flags.prompt_loss, feed_last=aux)]]
         balance = balance_loss(batches if share else []) if aux else None
@@ -674,7 +768,7 @@ def main(flags, given):
         if flags.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(named.values(), flags.max_grad_norm, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(flags, step, total)
+            group["lr"] = learning_rate(flags, step - 1, total)
         finite.append(grad_norm.isfinite())
         optimizer.found_inf = (~finite[-1]).float()  # on the device: the fused AdamW leaves everything as it is where this is 1
         optimizer.step()
@@ -682,87 +776,51 @@ def main(flags, given):
         window += torch.where(finite[-1], torch.cat([sums, (grad_norm / ranks)[None], grad_norm.new_ones(1) / ranks]), 0.0)
         seen_pairs += len(indices)
         seen_spans.append(spans)
+
         signalled = stop.agreed(ranks)
-        ended = step + 1 == total or bool(signalled)
-        saving = ended or bool(flags.save_steps) and (step + 1) % flags.save_steps == 0
-        evaluating = held_out is not None and flags.eval_steps and (step + 1 == total or (step + 1) % flags.eval_steps == 0)
-        logging = (step + 1) % flags.logging_steps == 0 or step + 1 == total
-        if logging or saving:  # the only places where the host waits for the device
-            for number, good in enumerate(torch.stack(finite).tolist(), step + 2 - len(finite)):
-                in_a_row = 0 if good else in_a_row + 1
-                if not good:
-                    rows = pairs.rows[step_indices(len(pairs), flags.batch_size, flags.seed, number - 1)[0]].tolist()
-                    say(f"step {number}: the loss or its gradient is not finite; the weights stay as they were. Rows: {rows}")
-                if in_a_row >= BAD_STEPS:
-                    kept = list(checkpoints(out).values())[-1:]
-                    raise UserError(f"step {number}: {in_a_row} steps in a row without a finite gradient; try a lower --learning_rate. {f'Intact: {kept[0]}' if kept else 'There is no checkpoint yet'}")
-            finite.clear()
+        logging = step % flags.logging_steps == 0 or step == total
+        saving = flags.save_steps and (step % flags.save_steps == 0 or step == total) or signalled
+        if logging or saving:
+            look_at_gradients(step)
         if logging:
-            total_sums = window.clone()
-            if ranks > 1:
-                dist.all_reduce(total_sums)  # the one reduction of a logged line
-            *values, steps = total_sums.tolist()
-            seconds = time.perf_counter() - clock - paused
-            done = np.concatenate(seen_spans)
-            memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            if steps:  # else none of them had a finite gradient, and there is no mean to write
-                last = {"step": step + 1, "epoch": round(epoch, 6)} | {name: value / steps for name, value in zip(NAMES, values)}
-                last |= {"learning_rate": learning_rate(flags, step, total), "pairs_per_second": seen_pairs / seconds, "tokens_per_second": int(done.sum()) / seconds, "peak_memory_gb": memory / 2**30}
-                if peak:
-                    last["mfu"] = model.training_flops(torch.from_numpy(done)) / seconds / (peak * ranks)
-            if first and steps:
-                record(last)
-                log(last, step + 1)
-                bar.set_postfix_str(f"loss {last['loss']:.3f}, accuracy {last['rewards/accuracies']:.2f}, margin {last['rewards/margins']:.3f}", refresh=False)
-                say(f"step {step + 1}/{total} | epoch {epoch:.2f} | loss {last['loss']:.4f} = nll {last['nll_loss']:.4f} - {flags.beta:g} x {last['log_odds_ratio']:.4f}"
-                    f" | accuracy {last['rewards/accuracies']:.3f} | margin {last['rewards/margins']:.4f} | grad {last['grad_norm']:.2f} | lr {last['learning_rate']:.2e}"
-                    f" | {last['pairs_per_second']:.1f} pairs/s | {last['tokens_per_second']:.0f} tokens/s | {last['peak_memory_gb']:.2f} GB" + (f" | mfu {last['mfu']:.2f}" if peak else ""))
+            metrics = line(step, epoch)
+            last = metrics or last
+            if first and metrics:
+                record(metrics)
+                log(metrics, step)
+                bar.set_postfix_str("loss {loss:.3f}, accuracy {rewards/accuracies:.2f}, margin {rewards/margins:.3f}".format(**metrics), refresh=False)
+                say(LINE.format(total=total, beta=flags.beta, **metrics) + (f" | mfu {metrics['mfu']:.2f}" if peak else ""))
             window.zero_()
             seen_pairs, seen_spans, paused, clock = 0, [], 0.0, time.perf_counter()
         pause = time.perf_counter()
-        if evaluating:
-            after = evaluate(step + 1, epoch)
-        if saving and (flags.save_steps or signalled):
-            save_checkpoint(step + 1)
+        if held_out is not None and flags.eval_steps and (step % flags.eval_steps == 0 or step == total):
+            after = evaluate(step, epoch)
+        if saving:
+            save_checkpoint(step)
         paused += time.perf_counter() - pause
         bar.update()
-        if signalled and step + 1 < total:
+        if signalled and step < total:
             bar.close()
-            say(f"{signal.Signals(signalled).name}: stopped after step {step + 1}, which is saved; go on with --resume --output_dir {out}")
+            say(f"{signal.Signals(signalled).name}: stopped after step {step}, which is saved; go on with --resume --output_dir {out}")
             return 128 + signalled
     bar.close()
     worker.shutdown()
 
     # -- the final model ----------------------------------------------------------------------------------------------
     if first:
-        def write(directory):
-            model.save_pretrained(directory, save_dtype)
-            tokenizer.save_pretrained(directory)
-            if flags.push_to_hub:
-                with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
-                    file.write(model_card(flags, {k: v for k, v in (last | (after or {})).items() if k not in ("step", "epoch")}))
-
-        final = os.path.join(out, "final")
-        write_directory(final, write)
-        os.remove(os.path.join(final, "manifest.json"))
-        names = sorted(os.listdir(final))
-        for name in names:
-            os.replace(os.path.join(final, name), os.path.join(out, name))
-        os.rmdir(final)
-        for path in run_files(out):  # an older model's other files, such as shards beside a single file, would be read with the new ones
-            if os.path.isfile(path) and os.path.basename(path) not in names + OWN_FILES:
-                os.remove(path)
-        if after:
-            columns = {"before": before, "after": after} if before else {"after": after}  # a resumed run did not see the start
+        names = write_model(flags, model, tokenizer, getattr(torch, save_dtype), {k: v for k, v in (last | (after or {})).items() if k not in ("step", "epoch")})
+        columns = {name: values for name, values in (("before", before), ("after", after)) if values}  # a resumed run did not see the start
+        if columns:
             say(f"\n{'on held-out pairs':24}" + "".join(f"{name:>11}" for name in columns))
-            for key, name in (("eval_logps/chosen", "log-prob chosen"), ("eval_logps/rejected", "log-prob rejected"), ("eval_rewards/accuracies", "reward accuracy"), ("eval_rewards/margins", "reward margin")):
-                say(f"{name:24}" + "".join(f"{values[key]:11.3f}" for values in columns.values()))
-        if demo and not flags.data and held_out:
-            questions = [held_out[i] for i in range(len(held_out))]
-            answers = continuations(model, [prompt.tolist() for prompt, _, _ in questions], 32, tokenizer.stop_ids())
-            right = sum(new == chosen.tolist()[:-1] for new, (_, chosen, _) in zip(answers, questions))
-            say(f"{'exact greedy answers':24}" + " " * 11 * bool(before) + f"{right / len(questions):11.3f}")
-        say(f"\nThe model is in {out}. Next: python sample.py --model {out}" + (' --prompt "Which is larger, 12 or 90?"' if demo and not flags.data else ""))
+        for key, name in SUMMARY.items() if columns else ():
+            say(f"{name:24}" + "".join(f"{values[key]:11.3f}" for values in columns.values()))
+        playing = demo and not flags.data
+        if playing and held_out:
+            prompts, chosen, _ = zip(*([part.tolist() for part in held_out[i]] for i in range(len(held_out))))
+            answers = continuations(model, prompts, 32, tokenizer.stop_ids())
+            right = sum(new == response[:-1] for new, response in zip(answers, chosen))
+            say(f"{'exact greedy answers':24}" + " " * 11 * bool(before) + f"{right / len(prompts):11.3f}")
+        say(f"\nThe model is in {out}. Next: python sample.py --model {out}" + ' --prompt "Which is larger, 12 or 90?"' * playing)
         if flags.push_to_hub:
             from huggingface_hub import HfApi
 
@@ -770,7 +828,8 @@ def main(flags, given):
                 HfApi().create_repo(flags.push_to_hub, exist_ok=True)
                 HfApi().upload_folder(folder_path=out, repo_id=flags.push_to_hub, allow_patterns=names)
             except Exception as error:  # the hub client raises many kinds; the model is safe on the disk
-                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); the model is in {out}") from error
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {reason}); the model is in {out}") from error
             say(f"Uploaded to {flags.push_to_hub}.")
     return 0
 
