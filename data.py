@@ -31,7 +31,8 @@ class UserError(Exception):
 # Where files come from: a directory, or a repository of the Hugging Face hub.
 
 MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                   "chat_template.jinja"]
 
 
 def fetch(path_or_repo, revision=None, patterns=(), repo_type="model"):
@@ -72,7 +73,8 @@ def read_json(path, default=None):
 
 HH_TURN = "\n\nAssistant:"
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n"
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+          "### Instruction:\n{instruction}{input}\n\n### Response:\n")
 
 
 def read_pairs(sources, progress=False):
@@ -115,7 +117,8 @@ def _files(source):
     # train-00000-of-00001.parquet, train.jsonl, train/0.parquet; but not train_sft-00000..., which is another split
     wanted = [path for path in found if re.search(rf"(^|[/_-]){re.escape(split)}([-./]|$)", os.path.relpath(path, root))]
     if not wanted:
-        raise UserError(f"{source}: no data files of split '{split}' ({', '.join(os.path.relpath(f, root) for f in found) or 'none at all'}); name one as {name}:SPLIT")
+        there = ", ".join(os.path.relpath(path, root) for path in found) or "none at all"
+        raise UserError(f"{source}: no data files of split '{split}' ({there}); name one as {name}:SPLIT")
     return wanted
 
 
@@ -228,7 +231,8 @@ def _explicit(row, form):
 # Text -> ids.
 
 # For a model that brings no chat template: the authors' <|user|> / <|assistant|> turns, each closed by EOS.
-DEFAULT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+DEFAULT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+                    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -331,9 +335,11 @@ class Tokenizer:
             self._compiled = self._compiled or _template_environment().from_string(self.chat_template)
             # A key without a value is a key that is not there: parquet and APIs write "tool_calls": null into every message.
             messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            return self._compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.specials)
+            variables = dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+            return self._compiled.render(variables | self.specials)
         except Exception as error:  # a template is a stranger's program: it can fail in any way
-            raise UserError(f"the chat template refused a conversation with roles {[m.get('role') for m in messages]} ({type(error).__name__}: {error})") from error
+            roles = [message.get("role") for message in messages]
+            raise UserError(f"the chat template refused a conversation with roles {roles} ({type(error).__name__}: {error})") from error
 
     def stop_ids(self):
         """The ids that end an answer: EOS, generation_config.json's, and the one with which the chat template closes a turn."""
@@ -513,7 +519,7 @@ def tokenize_pairs(rows, tokenizer, *, max_length=1024, max_prompt_length=512, t
                 tokens.extend(part)
                 ends.append(len(tokens))
     bar.close()
-    report = f"{len(rows)} rows read, {len(kept)} kept: {counts['equal']} equal, {counts['empty']} empty, {counts['cut']} cut, {counts['dropped']} dropped"
+    report = f"{len(rows)} rows read, {len(kept)} kept: " + ", ".join(f"{count} {reason}" for reason, count in counts.items())
     if not kept:
         raise UserError(f"no pair is left to train on ({report})")
     return Pairs(np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64), np.frombuffer(kept, np.int64), report)
@@ -664,7 +670,8 @@ def demo_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
-    template = "{% set last = messages[-2:] if messages[-1].role == 'assistant' else messages[-1:] %}{% for m in last %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+    template = ("{% set last = messages[-2:] if messages[-1].role == 'assistant' else messages[-1:] %}"
+                "{% for m in last %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}")
     return Tokenizer(backend, {"eos_token": "<|endoftext|>"}, chat_template=template)
 
 
@@ -675,7 +682,5 @@ def demo_pairs(count, seed=0):
     numbers = rng.permutation([(a, b) for a in range(10, 100) for b in range(10, 100) if a != b])[:count]
     turn = lambda role, content: [{"role": role, "content": content}]
     answer = lambda a, b: turn("assistant", f"{a} is larger than {b}.")
-    return [
-        {"prompt": turn("user", f"Which is larger, {a} or {b}?"), "chosen": answer(max(a, b), min(a, b)), "rejected": answer(min(a, b), max(a, b))}
-        for a, b in numbers.tolist()
-    ]
+    question = lambda a, b: turn("user", f"Which is larger, {a} or {b}?")
+    return [dict(prompt=question(a, b), chosen=answer(max(a, b), min(a, b)), rejected=answer(min(a, b), max(a, b))) for a, b in numbers.tolist()]

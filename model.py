@@ -57,13 +57,16 @@ RENAMES = {
     "phi": {"self_attn.o_proj": "self_attn.dense", "up_proj": "fc1", "down_proj": "fc2", "model.norm": "model.final_layernorm",
             "q_norm": "q_layernorm", "k_norm": "k_layernorm"},
     "opt": {"model.": "model.decoder.", "self_attn.o_proj": "self_attn.out_proj", "input_layernorm": "self_attn_layer_norm",
-            "post_attention_layernorm": "final_layer_norm", "mlp.up_proj": "fc1", "mlp.down_proj": "fc2", "decoder.norm": "decoder.final_layer_norm"},
+            "post_attention_layernorm": "final_layer_norm", "mlp.up_proj": "fc1", "mlp.down_proj": "fc2",
+            "decoder.norm": "decoder.final_layer_norm"},
     "gpt2": {"model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.embed_positions": "transformer.wpe",
-             "model.norm": "transformer.ln_f", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn.q_proj": "attn.c_attn",
-             "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj", "up_proj": "c_fc", "down_proj": "c_proj"},
+             "model.norm": "transformer.ln_f", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+             "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn",
+             "self_attn.o_proj": "attn.c_proj", "up_proj": "c_fc", "down_proj": "c_proj"},
     "mixtral": {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
 }
-ROPE = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}  # and their numbers
+ROPE = {"default": (), "linear": ("factor",),  # rope types, and their numbers
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # GPT-2 stores its linear weights as (in, out)
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants in older files
 ACTIVATIONS = {
@@ -137,14 +140,18 @@ class Config:
             if c.get("position_offset") is None:  # rope_parameters is transformers 5's name, rope_theta and rope_scaling the older ones
                 rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
                 above = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
-                rope = {"rope_theta": 1e4, "rope_type": rope.get("type", "default"), "original_max_position_embeddings": c.get("max_position_embeddings")} | above | rope
-                _unless(rope["rope_type"] in ROPE and not any(isinstance(value, dict) for value in rope.values()), f"rotary positions {rope}", where)
+                usual = {"rope_theta": 1e4, "rope_type": rope.get("type", "default"),
+                         "original_max_position_embeddings": c.get("max_position_embeddings")}
+                rope = usual | above | rope
+                known = rope["rope_type"] in ROPE and not any(isinstance(value, dict) for value in rope.values())
+                _unless(known, f"rotary positions {rope}", where)
                 c["rope"] = {"rope_type": rope["rope_type"]} | {key: float(rope[key]) for key in ("rope_theta", *ROPE[rope["rope_type"]])}
                 c["rotary_dim"] = int(c["head_dim"] * rope.get("partial_rotary_factor", 1.0))
             window = None
             if "sliding_window" in FAMILIES[family] and c.get("use_sliding_window", not family.startswith("qwen")):
                 window = hf.get("sliding_window", c["sliding_window"])  # null: none; absent: the family's
-            types = c.get("layer_types") or ["sliding_attention" if family not in ("qwen2", "qwen3") or i >= c.get("max_window_layers", 28) else "" for i in range(layers)]
+            from_layer = c.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+            types = c.get("layer_types") or ["sliding_attention" if i >= from_layer else "" for i in range(layers)]
             c["windows"] = [window if kind == "sliding_attention" else None for kind in types]
             if c.get("num_experts") and family in ("mixtral", "qwen3_moe"):
                 step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
@@ -169,11 +176,13 @@ class Config:
             if not (size and isinstance(value, (int, float) if f.type is float else f.type)):
                 raise ValueError(f"{f.name} = {value!r}")
         if self.num_attention_heads % self.num_key_value_heads or len(self.windows) != self.num_hidden_layers:
-            raise ValueError(f"{self.num_attention_heads} heads over {self.num_key_value_heads} key/value heads, {len(self.windows)} layer types for {self.num_hidden_layers} layers")
+            raise ValueError(f"{self.num_attention_heads} heads over {self.num_key_value_heads} key/value heads, "
+                             f"{len(self.windows)} layer types for {self.num_hidden_layers} layers")
         if not all(w is None or type(w) is int and w > 0 for w in self.windows):
             raise ValueError(f"sliding_window = {max(self.windows, key=bool)!r}")
-        if self.position_offset is None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim or not rope_frequencies(self, "cpu").isfinite().all()):
-            raise ValueError(f"rotary positions {self.rope} over {self.rotary_dim} of {self.head_dim}")
+        if self.position_offset is None:
+            if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim or not rope_frequencies(self, "cpu").isfinite().all():
+                raise ValueError(f"rotary positions {self.rope} over {self.rotary_dim} of {self.head_dim}")
         if self.moe_layers and not (self.moe_intermediate_size and self.num_experts_per_tok <= self.num_experts):
             raise ValueError(f"{self.num_experts_per_tok} of {self.num_experts} experts of size {self.moe_intermediate_size}")
 
@@ -673,7 +682,8 @@ class Transformer(nn.Module):
         prefix, chosen, rejected = spans.unbind(1)
         flops = 6 * weights * spans.sum()
         for window in c.windows:
-            seen = lambda n: n * (n + 1) / 2 if window is None else torch.where(n <= window, n * (n + 1) / 2, n * window - window * (window - 1) / 2)
+            inside = lambda n: n * (n + 1) / 2
+            seen = lambda n: inside(n) if window is None else torch.where(n <= window, inside(n), n * window - inside(window - 1))
             looked_at = seen(prefix + chosen) + seen(prefix + rejected) - seen(prefix)
             flops = flops + 12 * c.head_dim * c.num_attention_heads * looked_at.sum()
         return float(flops)
@@ -723,7 +733,9 @@ class Transformer(nn.Module):
         prefix = {"gpt2": "transformer.", "opt": "model."}.get(self.config.model_type)  # hub files of these may lack it
         bare = prefix and not any(name.startswith(prefix) for names in files.values() for name in names)
         for file, names in files.items():
-            stored |= {(prefix + name if bare and not name.startswith("lm_head") else name): (file, name) for name in names if not BUFFERS.search(name)}
+            for name in names:
+                if not BUFFERS.search(name):
+                    stored[prefix + name if bare and not name.startswith("lm_head") else name] = file, name
         if self.config.tie_word_embeddings:  # either half will do; both are fine if they agree
             embedding, head = next(iter(layout)), stored.pop("lm_head.weight", None)  # the embedding is the first of all parameters
             if head and embedding in stored and not torch.equal(_read(directory, *head), _read(directory, *stored[embedding])):
@@ -733,13 +745,15 @@ class Transformer(nn.Module):
         missing, unexpected = sorted(layout.keys() - stored.keys()), sorted(stored.keys() - layout.keys())
         if missing or unexpected:
             some = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
-            raise UserError(f"{directory}: the weights do not fit config.json; missing tensors: {some(missing)}; unexpected tensors: {some(unexpected)}")
+            raise UserError(f"{directory}: the weights do not fit config.json; missing tensors: {some(missing)}; "
+                            f"unexpected tensors: {some(unexpected)}")
         for name, tensors in layout.items():
             file, written = stored[name]
             shape, dtype = files[file][written]
             asked = [*tensors[0].shape[:-1], sum(t.shape[-1] for t in tensors)]
             if shape != asked or dtype not in ("F64", "F32", "F16", "BF16"):
-                raise UserError(f"{os.path.join(directory, file)}: tensor {written} is {dtype} of shape {shape}; F64, F32, F16 or BF16 of shape {asked} is needed")
+                raise UserError(f"{os.path.join(directory, file)}: tensor {written} is {dtype} of shape {shape}; "
+                                f"F64, F32, F16 or BF16 of shape {asked} is needed")
         self.to_empty(device="cpu")  # memory that is not touched yet, and so not taken yet
         self.tie()
         dtypes = set()
@@ -767,7 +781,8 @@ class Transformer(nn.Module):
                 size = 0
             shards[-1][name] = tensors
             size += nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        names = ["model.safetensors"] if len(shards) == 1 else names
         for file, shard in zip(names, shards):
             whole = {name: torch.cat([t.to("cpu", dtype) for t in tensors], dim=-1).contiguous() for name, tensors in shard.items()}
             save_file(whole, os.path.join(directory, file), metadata={"format": "pt"})
@@ -777,7 +792,8 @@ class Transformer(nn.Module):
         objects = {"config.json": self.hf_config | stated}
         if len(shards) > 1:
             total = sum(t.numel() for tensors in layout.values() for t in tensors) * dtype.itemsize
-            objects["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
+            where = {name: file for file, shard in zip(names, shards) for name in shard}
+            objects["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": where}
         if self.generation_config is not None:
             objects["generation_config.json"] = self.generation_config
         for file, value in objects.items():
@@ -799,11 +815,11 @@ def _weight_files(directory):
             if os.path.basename(name) != name or not name.endswith(".safetensors"):
                 raise UserError(f"{index}: names the file {name!r}; only .safetensors files beside it are read")
     elif any(file.endswith((".bin", ".pt", ".pth")) for file in os.listdir(directory)):
-        raise UserError(f"{directory}: only pickled weights (pytorch_model.bin), which can run code when loaded and are refused; use the repository's "
-                        "safetensors conversion (--revision refs/pr/N on the hub), or load and save_pretrained() it once with transformers")
+        raise UserError(f"{directory}: only pickled weights (pytorch_model.bin), which can run code when loaded and are refused; "
+                        "use the repository's safetensors conversion (--revision refs/pr/N on the hub), or load and save_pretrained() it once with transformers")
     else:
-        raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json; on the hub, a repository with pytorch_model.bin "
-                        "alone often has its safetensors conversion as a pull request: --revision refs/pr/N")
+        raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json; on the hub, "
+                        "a repository with pytorch_model.bin alone often has its safetensors conversion as a pull request: --revision refs/pr/N")
     files = {}
     for name in names:
         try:

@@ -58,8 +58,8 @@ def orpo_loss(logps, batch, beta, tokens, pairs):
     with torch.no_grad():
         odds_gap = log_odds(chosen) - log_odds(rejected)
         wins = (chosen > rejected).to(chosen.dtype)
-        of_pairs = torch.stack([log_ratio, odds_gap, beta * chosen, beta * rejected, wins, beta * (chosen - rejected), chosen, rejected]).sum(1) / pairs
-        return loss, torch.cat([torch.stack([loss, nll]), of_pairs]).detach()
+        of_pairs = [log_ratio, odds_gap, beta * chosen, beta * rejected, wins, beta * (chosen - rejected), chosen, rejected]  # (N,) each
+        return loss, torch.cat([torch.stack([loss, nll]), torch.stack(of_pairs).sum(1) / pairs])
 
 
 def closed_form(chosen_logps, rejected_logps):
@@ -95,7 +95,8 @@ def check_pair(chosen, rejected):
         if exact[i] == 0:
             continue
         f = lambda x: odds_ratio_loss(*(x if j == i else exact[j] for j in range(2)))
-        difference_gap = max(difference_gap, gap(finite_differences(f, exact[i], 1e-4 * min(abs(exact[i]), torch.tensor(1.0))), closed[i]))
+        slope = finite_differences(f, exact[i], 1e-4 * min(abs(exact[i]), torch.tensor(1.0)))
+        difference_gap = max(difference_gap, gap(slope, closed[i]))
     return float(loss.detach()) + 0.0, [float(g) + 0.0 for g in auto], auto_gap, difference_gap  # + 0.0: no "-0" in the table
 
 
@@ -105,8 +106,8 @@ def check_decoder(flip_delta=False, flip_sign=False):
     from data import pack
     from model import Config, Transformer
 
-    config = Config.from_hf(dict(model_type="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
-    model = Transformer(config).initialise(seed=1).double()
+    shape = dict(model_type="llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    model = Transformer(Config.from_hf(shape | {"num_key_value_heads": 2})).initialise(seed=1).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than at initialisation, so that responses differ in probability
@@ -156,21 +157,24 @@ def main():
     print("Gradient of L_OR by one pair's mean log-probabilities. Relative disagreement with the closed form, Eqs. 8 to 10")
     print(f"{'log P_w':>10} {'log P_l':>10} {'L_OR':>12} {'dL/dlogP_w':>13} {'dL/dlogP_l':>13} {'autograd fp32':>14} {'differences':>12}")
     ordinary = [(-1.0, -1.0), (-0.5, -2.0), (-2.0, -0.5), (-0.7, -0.69)]
-    extreme = [(-1e4, -1e4), (-1e4, -1.0), (-1.0, -1e4), (-50.0, -60.0), (-1e-4, -1.0), (-1e-8, -0.1), (-1.0, -1e-8), (-1e-10, -1e-9), (-1e-20, -2.0), (0.0, -1.0), (-1.0, 0.0), (0.0, 0.0)]
+    extreme = [(-1e4, -1e4), (-1e4, -1.0), (-1.0, -1e4), (-50.0, -60.0), (-1e-4, -1.0), (-1e-8, -0.1), (-1.0, -1e-8),
+               (-1e-10, -1e-9), (-1e-20, -2.0), (0.0, -1.0), (-1.0, 0.0), (0.0, 0.0)]
     for chosen, rejected in ordinary + extreme:
         loss, (gw, gl), auto, difference = check_pair(chosen, rejected)
         good = auto < 1e-4 and difference < 1e-4 and all(map(torch.isfinite, torch.tensor([loss, gw, gl])))
         bad += not good
         print(f"{chosen:10.3g} {rejected:10.3g} {loss:12.6g} {gw:13.6g} {gl:13.6g} {auto:14.1e} {difference:12.1e}  {'ok' if good else 'DISAGREES'}")
     print("\nThrough a small decoder in float64, three pairs in one pack, all parameters: relative disagreement with autograd")
-    cases = [("closed form, Eqs. 8 to 10", {}, True), ("delta upside down (a public write-up)", {"flip_delta": True}, False), ("h as the paper prints it (Eq. 10)", {"flip_sign": True}, False)]
+    cases = [("closed form, Eqs. 8 to 10", {}, True), ("delta upside down (a public write-up)", {"flip_delta": True}, False),
+             ("h as the paper prints it (Eq. 10)", {"flip_sign": True}, False)]
     for name, flips, should_agree in cases:
         closed, slope = check_decoder(**flips)
         good = (closed < 1e-9) == should_agree and slope < 1e-5
         bad += not good
         print(f"{name:40} {closed:10.1e}   {'agrees' if closed < 1e-9 else 'disagrees'}, as it {'must' if good else 'MUST NOT'}")
     print(f"{'finite differences, random direction':40} {slope:10.1e}")
-    print("\nStandard deviations over 50,000 uniform pairs: 0.2 log PR {:.2f}, log PR {:.2f}, log OR {:.2f} (the paper's Figure 6)".format(*ratio_spread()))
+    print("\nStandard deviations over 50,000 uniform pairs: 0.2 log PR {:.2f}, log PR {:.2f}, log OR {:.2f} (the paper's Figure 6)"
+          .format(*ratio_spread()))
     print(f"\n{'All as it should be.' if not bad else f'{bad} rows are not as they should be.'}")
     return 1 if bad else 0
 

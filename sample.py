@@ -46,7 +46,8 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), **choice):
         raise UserError("a prompt without a single token cannot be continued")
     too_large = max(map(max, prompts))
     if too_large >= model.config.vocab_size:
-        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {model.config.vocab_size}: tokenizer and model do not belong together")
+        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {model.config.vocab_size}: "
+                        "tokenizer and model do not belong together")
     longest = max(map(len, prompts))
     room = (model.max_positions or longest + max_new_tokens) - longest
     if room < 1:
@@ -112,9 +113,10 @@ def read_prompts(path):
                 if line.strip():
                     row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.rstrip("\r\n")}
                     prompt = row.get("prompt") if isinstance(row, dict) else None
-                    messages = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt)
-                    if not prompt or not (isinstance(prompt, str) or messages):
-                        raise UserError(f"{path}, line {number}: an object with a `prompt`, a string or a list of role/content messages, is expected")
+                    is_message = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m
+                    if not prompt or not (isinstance(prompt, str) or isinstance(prompt, list) and all(map(is_message, prompt))):
+                        raise UserError(f"{path}, line {number}: an object with a `prompt`, "
+                                        "a string or a list of role/content messages, is expected")
                     prompts.append(prompt)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
@@ -128,7 +130,7 @@ def read_prompts(path):
 
 
 def parse(arguments):
-    p = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model", default="out", help="directory or hub id (default: out)")
     p.add_argument("--revision", help="branch, tag or commit of a hub id")
     p.add_argument("--prompt", help="one prompt: print its answer and end")
@@ -145,7 +147,8 @@ def parse(arguments):
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     p.error = lambda message: (print(f"sample.py: {message}; see python sample.py --help", file=sys.stderr), sys.exit(2))
     args = p.parse_args(arguments)
-    for name, least, below in (("max_new_tokens", 1, 2**63), ("temperature", 0, float("inf")), ("top_k", 0, 2**63), ("seed", 0, 2**63), ("batch_size", 1, 2**63)):
+    for name, least in dict(max_new_tokens=1, temperature=0, top_k=0, seed=0, batch_size=1).items():
+        below = float("inf") if name == "temperature" else 2**63
         if not least <= getattr(args, name) < below:
             p.error(f"--{name} {getattr(args, name)}: must be at least {least}" + " and smaller" * (getattr(args, name) >= below))
     if not 0 < args.top_p <= 1:
@@ -187,7 +190,8 @@ def main(args):
             batch = order[first : first + args.batch_size]
             answers |= zip(batch, continuations(model, [ids[i] for i in batch], args.max_new_tokens, tokenizer.stop_ids(), **choice))
         seconds, count = time.perf_counter() - start, sum(map(len, answers.values()))
-        lines = [json.dumps({"prompt": prompt, "answer": text_after(ids[i], answers[i], tokenizer)}, ensure_ascii=False) + "\n" for i, prompt in enumerate(prompts)]
+        texts = [text_after(ids[i], answers[i], tokenizer) for i in range(len(prompts))]
+        lines = [json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) + "\n" for prompt, text in zip(prompts, texts)]
         if args.output:
             with open(args.output + ".part", "w", encoding="utf-8") as file:
                 file.writelines(lines)
@@ -200,7 +204,8 @@ def main(args):
     else:
         opening = [{"role": "system", "content": args.system}] if args.system else []
         history = list(opening)
-        print("Type a message; /new forgets what was said, Ctrl-D ends." + ("" if templated else " This model has no chat template: it goes on from each text as it stands."), file=sys.stderr)
+        print("Type a message; /new forgets what was said, Ctrl-D ends."
+              + " This model has no chat template: it goes on from each text as it stands." * (not templated), file=sys.stderr)
         while True:
             try:
                 text = input("> ").strip()

@@ -71,7 +71,7 @@ class Flags:
     prompt_loss: bool = flag(True, "L_SFT over prompt + chosen (authors' code, TRL); --no-prompt_loss: over the chosen response alone (paper)")
     output_router_logits: bool = flag(False, "mixtures of experts: add the load-balancing loss even if config.json does not ask for it")
     # the optimizer
-    learning_rate: float = flag(-1.0, "peak learning rate of AdamW; -1: by size, 5e-6 x sqrt(7e9 / parameters), at most 1e-3 (5e-6 at 7B, as the authors; 2e-5 at 0.5B)")
+    learning_rate: float = flag(-1.0, "peak learning rate of AdamW; -1: by size, 5e-6 x sqrt(7e9 / parameters), at most 1e-3 (2e-5 at 0.5B)")
     lr_scheduler_type: str = flag("linear", "what follows the warmup", ("linear", "cosine", "inverse_sqrt", "constant"))
     warmup_steps: int = flag(0, "steps from 0 to the peak; over --warmup_ratio if positive")
     warmup_ratio: float = flag(0.1, "the same as a fraction of all steps")
@@ -90,7 +90,7 @@ class Flags:
     truncation_mode: str = flag("keep_end", "which end of a cut prompt stays", ("keep_end", "keep_start"))
     # the machine
     max_tokens: int = flag(8192, "tokens per packed micro-batch per device: the memory knob, without effect on the result", changes_run=False)
-    dtype: str = flag("", "precision of the computation; parameters stay float32; default: bfloat16 on GPUs that have it, else float32", ("bfloat16", "float32"))
+    dtype: str = flag("", "of the computation; parameters stay float32; default: bfloat16 on GPUs that have it, else float32", ("bfloat16", "float32"))
     gradient_checkpointing: bool = flag(False, "recompute each block in the backward: a quarter more time, much less memory", changes_run=False)
     compile: bool = flag(False, "torch.compile the blocks: faster on GPUs after a minute's start", changes_run=False)
     seed: int = flag(0, "of the epochs' orders, the held-out pairs and the demo's weights")
@@ -113,12 +113,13 @@ class Flags:
 GROUPS = {"model": "model and data", "beta": "objective", "learning_rate": "optimizer", "num_train_epochs": "how much",
           "max_length": "lengths, in tokens", "max_tokens": "machine", "output_dir": "output"}  # a group begins at its first flag
 # What the demo sets where nothing is said: a tiny model needs a larger learning rate, and its task shows more at a larger beta.
-DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, max_steps=750, max_length=64, max_prompt_length=32, eval_steps=250, logging_steps=50)
+DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, max_steps=750, max_length=64, max_prompt_length=32, eval_steps=250,
+            logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                   max_position_embeddings=256, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
-LINE = ("step {step}/{total} | epoch {epoch:.2f} | loss {loss:.4f} = nll {nll_loss:.4f} - {beta:g} x {log_odds_ratio:.4f} | accuracy {rewards/accuracies:.3f}"
-        " | margin {rewards/margins:.4f} | grad {grad_norm:.2f} | lr {learning_rate:.2e} | {pairs_per_second:.1f} pairs/s | {tokens_per_second:.0f} tokens/s"
-        " | {peak_memory_gb:.2f} GB")
+LINE = ("step {step}/{total} | epoch {epoch:.2f} | loss {loss:.4f} = nll {nll_loss:.4f} - {beta:g} x {log_odds_ratio:.4f}"
+        " | accuracy {rewards/accuracies:.3f} | margin {rewards/margins:.4f} | grad {grad_norm:.2f} | lr {learning_rate:.2e}"
+        " | {pairs_per_second:.1f} pairs/s | {tokens_per_second:.0f} tokens/s | {peak_memory_gb:.2f} GB")
 SUMMARY = {"eval_logps/chosen": "log-prob chosen", "eval_logps/rejected": "log-prob rejected", "eval_rewards/accuracies": "reward accuracy",
            "eval_rewards/margins": "reward margin"}
 BAD_STEPS = 5  # this many steps in a row without a finite gradient end the run
@@ -135,9 +136,9 @@ def wrong_with(flags):
             return f"--{field.name} {value!r}: must be {'a list of strings' if field.type is list else field.type.__name__}"
         if choices and value not in (*choices, field.default):
             return f"--{field.name} {value}: must be one of {', '.join(choices)}"
-    at_least = dict(eval_pairs=-1, beta=0, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_steps=0, batch_size=1, max_length=2, max_prompt_length=1,
-                    max_tokens=1, logging_steps=1, eval_steps=0, save_steps=0, save_total_limit=0, generate_during_eval=0, seed=0)
-    for name, least in at_least.items():
+    at_least = dict(eval_pairs=-1, batch_size=1, max_length=2, max_prompt_length=1, max_tokens=1, logging_steps=1)
+    others = ("beta", "warmup_steps", "weight_decay", "max_grad_norm", "max_steps", "eval_steps", "save_steps", "save_total_limit", "generate_during_eval", "seed")
+    for name, least in (at_least | dict.fromkeys(others, 0)).items():
         if not (least <= getattr(flags, name) < 2**63):
             return f"--{name} {getattr(flags, name)}: must be at least {least}" + " and below 2^63" * (getattr(flags, name) >= 2**63)
     for name in ("learning_rate", "adam_epsilon", "num_train_epochs"):
@@ -147,7 +148,8 @@ def wrong_with(flags):
         if not 0 <= getattr(flags, name) < 1:
             return f"--{name} {getattr(flags, name)}: must be at least 0 and below 1"
     if flags.max_prompt_length >= flags.max_length:
-        return f"--max_prompt_length {flags.max_prompt_length}: must be smaller than --max_length {flags.max_length}, or no room is left for a response"
+        return (f"--max_prompt_length {flags.max_prompt_length}: must be smaller than --max_length {flags.max_length}, "
+                "or no room is left for a response")
     if flags.eval_pairs > 0 and flags.eval_data:
         return "--eval_pairs and --eval_data: give one of the two"
     return "" if flags.output_dir else "--output_dir is empty; name a directory"
@@ -155,8 +157,8 @@ def wrong_with(flags):
 
 def parse(arguments):
     """Command line -> (Flags, names of the flags that were given). Exits with status 2 and one line where a value cannot be right."""
-    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [flags]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
 
     def refuse(message):
         print(f"train.py: {message}", file=sys.stderr)
@@ -167,15 +169,17 @@ def parse(arguments):
     for field in dataclasses.fields(Flags):
         text, choices = field.metadata["help"], field.metadata["choices"]
         group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
-        shown = "" if field.default in ("", ()) or field.type is bool else f" (default: {field.default:g})" if field.type in (int, float) else f" (default: {field.default})"
-        shown += f"; in the demo {DEMO[field.name]:g}" if field.name in DEMO else ""
+        default = f"{field.default:g}" if field.type in (int, float) else field.default
+        text += f" (default: {default})" if default and field.type not in (bool, list) else ""
+        text += f"; in the demo {DEMO[field.name]:g}" if field.name in DEMO else ""
         if field.type is bool:
             negatable = argparse.BooleanOptionalAction if field.default else "store_true"
             group.add_argument(f"--{field.name}", action=negatable, help=text)
         elif field.type is list:
             group.add_argument(f"--{field.name}", action="extend", nargs="+", metavar="FILE", help=text)
         else:
-            group.add_argument(f"--{field.name}", type=field.type, choices=choices, metavar=None if choices else field.type.__name__.upper(), help=text + shown)
+            metavar = None if choices else field.type.__name__.upper()
+            group.add_argument(f"--{field.name}", type=field.type, choices=choices, metavar=metavar, help=text)
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         close = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{f.name}" for f in dataclasses.fields(Flags)], 1)
@@ -205,13 +209,14 @@ def run_files(output_dir):
 
 
 def write_directory(path, write):
-    """Make a directory whole: write(temporary) fills it; it is flushed to the disk, with a manifest of sizes and checksums, then renamed."""
+    """Make a directory whole: write(temporary) fills it; with a manifest of sizes and checksums it is flushed to the disk, then renamed."""
     temporary = path + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
         write(temporary)
-        manifest = {name: {"size": os.path.getsize(os.path.join(temporary, name)), "sha256": checksum(os.path.join(temporary, name))} for name in sorted(os.listdir(temporary))}
+        files = {name: os.path.join(temporary, name) for name in sorted(os.listdir(temporary))}
+        manifest = {name: {"size": os.path.getsize(file), "sha256": checksum(file)} for name, file in files.items()}
         write_json(os.path.join(temporary, "manifest.json"), manifest)
         for name in [*manifest, "manifest.json", ""]:
             flush(os.path.join(temporary, name))
@@ -221,7 +226,8 @@ def write_directory(path, write):
         flush(os.path.dirname(path))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{path}: could not be written ({error}); make room or choose another --output_dir, then --resume from the checkpoint before it") from error
+        raise UserError(f"{path}: could not be written ({error}); make room or choose another --output_dir, "
+                        "then --resume from the checkpoint before it") from error
 
 
 def discard(path):
@@ -284,7 +290,8 @@ def newest_checkpoint(output_dir):
         if not wrong:
             return directory
         print(f"{directory} is damaged ({wrong}): going back to the one before it", file=sys.stderr)
-    raise UserError(f"{output_dir}: no checkpoint to resume from; start afresh without --resume" + (" (with --overwrite_output_dir)" if os.path.exists(output_dir) else ""))
+    raise UserError(f"{output_dir}: no checkpoint to resume from; start afresh without --resume"
+                    + " (with --overwrite_output_dir)" * os.path.exists(output_dir))
 
 
 def cut_back(path, step):
@@ -379,7 +386,8 @@ def reporter(flags):
         try:
             wandb.init(project="orpo", config=asdict(flags))
         except Exception as error:  # no login, no network: its own kinds of errors
-            raise UserError(f"--report_to wandb: it cannot start ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"--report_to wandb: it cannot start ({type(error).__name__}: {reason})") from error
         return lambda metrics, step: wandb.log(metrics, step=step)
     from torch.utils.tensorboard import SummaryWriter
 
@@ -391,9 +399,11 @@ def model_card(flags, final):
     """README.md for the hub: method, beta, data, final metrics."""
     rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in final.items())
     base = f"base_model: {flags.model}\n" if flags.model and not os.path.exists(flags.model) else ""
-    return (f"---\n{base}tags: [orpo]\n---\n# {flags.push_to_hub.split('/')[-1]}\n\nTrained from `{os.path.basename(flags.model) or 'random weights'}` with ORPO "
-            f"(Odds Ratio Preference Optimization, [arXiv 2403.07691](https://arxiv.org/abs/2403.07691)), beta {flags.beta:g}, learning rate {flags.learning_rate:g}, "
-            f"{flags.batch_size} pairs a step, on {', '.join(f'`{os.path.basename(d) if os.path.exists(d) else d}`' for d in flags.data) or 'generated pairs'}.\n\n"
+    origin = os.path.basename(flags.model) or "random weights"
+    sources = ", ".join(f"`{os.path.basename(source) if os.path.exists(source) else source}`" for source in flags.data) or "generated pairs"
+    return (f"---\n{base}tags: [orpo]\n---\n# {flags.push_to_hub.split('/')[-1]}\n\nTrained from `{origin}` with ORPO "
+            "(Odds Ratio Preference Optimization, [arXiv 2403.07691](https://arxiv.org/abs/2403.07691)), "
+            f"beta {flags.beta:g}, learning rate {flags.learning_rate:g}, {flags.batch_size} pairs a step, on {sources}.\n\n"
             f"| metric | value |\n| --- | --- |\n{rows}\n")
 
 
@@ -564,7 +574,8 @@ def main(flags, given):
     longest = max(int((p.spans()[:, :1] + p.spans()[:, 1:]).max()) + 1 for p in everything)
     too_large = max(int(p.tokens.max()) for p in everything)
     if too_large >= config.vocab_size:
-        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {config.vocab_size}: tokenizer and model do not belong together")
+        raise UserError(f"token id {too_large} is beyond the model's vocabulary of {config.vocab_size}: "
+                        "tokenizer and model do not belong together")
     if model.max_positions and longest > model.max_positions:
         raise UserError(f"a sequence of {longest} tokens does not fit the model's {model.max_positions} positions; "
                         f"use --max_length {model.max_positions} (and a smaller --max_prompt_length)")
@@ -572,7 +583,8 @@ def main(flags, given):
     packing = dict(max_tokens=flags.max_tokens, prompt_loss=flags.prompt_loss, feed_last=aux)
     longest_tree = max(int(p.spans().sum(1).max()) for p in everything) + 2 * aux
     if flags.max_tokens < longest_tree:
-        raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair needs {longest_tree}; use at least that, or cut pairs with --max_length")
+        raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair needs {longest_tree}; "
+                        "use at least that, or cut pairs with --max_length")
     model.gradient_checkpointing = flags.gradient_checkpointing
     model.to(device).train()
 
@@ -583,7 +595,8 @@ def main(flags, given):
         flags.learning_rate = min(1e-3, 5e-6 * math.sqrt(7e9 / parameters))
     groups = [{"params": [p for p in named.values() if p.ndim > 1], "weight_decay": flags.weight_decay},
               {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=flags.learning_rate, betas=(flags.adam_beta1, flags.adam_beta2), eps=flags.adam_epsilon, fused=True)
+    betas = flags.adam_beta1, flags.adam_beta2
+    optimizer = torch.optim.AdamW(groups, lr=flags.learning_rate, betas=betas, eps=flags.adam_epsilon, fused=True)
     per_epoch = math.ceil(len(pairs) / flags.batch_size)
     total = flags.max_steps or math.ceil(flags.num_train_epochs * per_epoch)
     NAMES = METRICS + ("aux_loss",) * aux + ("grad_norm",)
@@ -633,17 +646,19 @@ def main(flags, given):
             moments = {f"{key}.{name}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
             save_file(moments, os.path.join(directory, "optimizer.safetensors"))
             write_json(os.path.join(directory, "train_config.json"), asdict(flags))
-            write_json(os.path.join(directory, "state.json"), {"in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": save_dtype})
+            state = {"in_a_row": in_a_row, "window": sums.tolist(), "data": fingerprint, "save_dtype": save_dtype}
+            write_json(os.path.join(directory, "state.json"), state)
 
         if first:
             write_directory(os.path.join(out, f"checkpoint-{step}"), write)
             for directory in list(checkpoints(out).values())[: -flags.save_total_limit or None] if flags.save_total_limit else []:
                 discard(directory)
-        if ranks > 1:  # all wait until it is written: torchrun ends the others when one has ended. On the CPU, as gloo waits longer than nccl
+        if ranks > 1:  # all wait until it is written, as torchrun ends the others when one has ended; by gloo, which waits longer than nccl
             dist.all_reduce(torch.zeros(1))
 
     # -- the loss of a pack, and of a step ----------------------------------------------------------------------------
-    weights_of = lambda batch: torch.where(batch.owner % 3 == 0, 2.0, 1.0)  # in the router's statistics prompts count twice, as in two sequences
+    # how often each position counts in the router's statistics: prompts twice, as in two plain sequences
+    weights_of = lambda batch: torch.where(batch.owner % 3 == 0, 2.0, 1.0)
 
     def balance_loss(batches):
         """Mixtures of experts: f -> E sum_e f_e P_e needs the step's fractions f of tokens sent to each expert before any gradient:
@@ -705,7 +720,7 @@ def main(flags, given):
     before = after = None  # the evaluations before the first step and after the last
     if held_out is not None and flags.eval_steps and not checkpoint:
         before = after = evaluate(0, 0.0)
-    if ranks > 1:  # after its first backward DDP orders its buckets anew, and so the sums of three or more ranks: one for nothing, or no resume were exact
+    if ranks > 1:  # after its first backward DDP orders its buckets anew, and so its sums: one for nothing, or no resume were exact
         batch = data.pack([pairs[0]], prompt_loss=flags.prompt_loss, feed_last=aux).to(device)
         contribution(batch, network, 1, 1, torch.zeros(config.num_experts, device=device))[0].backward()
         optimizer.zero_grad(set_to_none=True)
@@ -739,7 +754,8 @@ def main(flags, given):
         *values, steps = sums.tolist()
         seconds = time.perf_counter() - clock - paused
         spans = np.concatenate(seen_spans)
-        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if not steps:
             return {}
         metrics = {"step": step, "epoch": round(epoch, 6)} | {name: value / steps for name, value in zip(NAMES, values)}
@@ -788,7 +804,7 @@ def main(flags, given):
             if first and metrics:
                 record(metrics)
                 log(metrics, step)
-                bar.set_postfix_str("loss {loss:.3f}, accuracy {rewards/accuracies:.2f}, margin {rewards/margins:.3f}".format(**metrics), refresh=False)
+                bar.set_postfix_str("loss {loss:.3f}, accuracy {rewards/accuracies:.2f}".format(**metrics), refresh=False)
                 say(LINE.format(total=total, beta=flags.beta, **metrics) + (f" | mfu {metrics['mfu']:.2f}" if peak else ""))
             window.zero_()
             seen_pairs, seen_spans, paused, clock = 0, [], 0.0, time.perf_counter()
@@ -808,7 +824,8 @@ def main(flags, given):
 
     # -- the final model ----------------------------------------------------------------------------------------------
     if first:
-        names = write_model(flags, model, tokenizer, getattr(torch, save_dtype), {k: v for k, v in (last | (after or {})).items() if k not in ("step", "epoch")})
+        results = {key: value for key, value in (last | (after or {})).items() if key not in ("step", "epoch")}
+        names = write_model(flags, model, tokenizer, getattr(torch, save_dtype), results)
         columns = {name: values for name, values in (("before", before), ("after", after)) if values}  # a resumed run did not see the start
         if columns:
             say(f"\n{'on held-out pairs':24}" + "".join(f"{name:>11}" for name in columns))
@@ -829,7 +846,8 @@ def main(flags, given):
                 HfApi().upload_folder(folder_path=out, repo_id=flags.push_to_hub, allow_patterns=names)
             except Exception as error:  # the hub client raises many kinds; the model is safe on the disk
                 reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {reason}); the model is in {out}") from error
+                raise UserError(f"--push_to_hub {flags.push_to_hub}: not uploaded ({type(error).__name__}: {reason}); "
+                                f"the model is in {out}") from error
             say(f"Uploaded to {flags.push_to_hub}.")
     return 0
 
@@ -837,7 +855,8 @@ def main(flags, given):
 def one_line(error, flags):
     """What to tell of an error that is not this program's fault; empty for any other, which deserves its traceback."""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory is full; lower --max_tokens (now {flags.max_tokens}) or add --gradient_checkpointing; neither changes the result"
+        return (f"the GPU's memory is full; lower --max_tokens (now {flags.max_tokens}) or add --gradient_checkpointing; "
+                "neither changes the result")
     if isinstance(error, OSError):
         return f"{error}" + ("" if error.filename else f", while writing to {flags.output_dir}")
     if isinstance(error, UserError):
