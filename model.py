@@ -553,16 +553,17 @@ class TargetLogps(torch.autograd.Function):
         h, weight, bias, targets, lse = ctx.saved_tensors
         dh, dw, db = torch.zeros_like(h, dtype=lse.dtype), torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
         with torch.autocast(h.device.type, enabled=False):
-            x = h.to(ctx.dtype)
+            grad = -grad[:, None]  # it scales rows: done before and after the large products, not on what stands between them
+            x, scaled = h.to(ctx.dtype), (h * grad).to(ctx.dtype)
             for part, w, logits, place, here in TargetLogps.parts(x, weight, bias, targets):
-                # d logp / d logits = onehot(target) - softmax(logits)
-                d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None]).scatter_add_(1, place, (grad * here)[:, None])  # (S, v)
+                # - d logp / d logits = softmax(logits) - onehot(target), (S, v)
+                d = logits.sub_(lse[:, None]).exp_().scatter_add_(1, place, -here[:, None].to(logits.dtype))
                 if bias is not None:
-                    db[part] = d.sum(0)
+                    db[part] = grad[:, 0] @ d
                 d = d.to(ctx.dtype)
                 dh += wide_product(d, w)
-                dw[part] = wide_product(d.T, x)
-        return dh.to(h.dtype), dw, db, None
+                dw[part] = wide_product(d.T, scaled)
+        return (dh * grad).to(h.dtype), dw, db, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
