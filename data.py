@@ -525,15 +525,18 @@ def tokenize_pairs(rows, tokenizer, *, max_length=1024, max_prompt_length=512, t
     return Pairs(np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64), np.frombuffer(kept, np.int64), report)
 
 
-def describe(pair, tokenizer, prompt_loss=True):
-    """What will be trained of one pair, as text: its tokens one by one, which losses score them, and where EOS stands."""
+def describe(pairs, tokenizer, prompt_loss=True, count=3):
+    """What will be trained of the first pairs, as text: their tokens one by one, which losses score them, and where EOS stands."""
     lines = []
     scored = ("L_SFT (from the second token on)" if prompt_loss else "nothing", "L_SFT and L_OR", "L_OR")
-    for name, ids, losses in zip(("prompt", "chosen", "rejected"), pair, scored):
-        ids = ids.tolist()
-        pieces = "|".join(repr(tokenizer.decode([i]))[1:-1] + (" <- EOS" if i == tokenizer.eos_id else "") for i in ids)
-        lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}\n    {pieces}")
-    return "\n".join(lines)
+    for pair in range(min(count, len(pairs))):
+        lines.append(f"\nrow {pairs.rows[pair]}")
+        for name, ids, losses in zip(("prompt", "chosen", "rejected"), pairs[pair], scored):
+            pieces = "|".join(repr(tokenizer.decode([i]))[1:-1] + " <- EOS" * (i == tokenizer.eos_id) for i in ids.tolist())
+            lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}\n    {pieces}")
+    lengths = np.diff(pairs.ends, prepend=0).reshape(-1, 3)
+    mean, longest = "{:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths.mean(0)), "{}, {}, {}".format(*lengths.max(0))
+    return "\n".join([*lines, f"\nmean tokens: prompt {mean}; longest {longest}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

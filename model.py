@@ -349,35 +349,34 @@ class Cache:
 class Tree:
     """A packed batch: each position sees its own prefix and its own branch (see data.pack).
 
-    With flash attention (CUDA, fp16 or bf16): one variable-length call, no mask, no padding. Elsewhere pairs of similar length
-    are padded to the longest of them, for the attention alone, and go through scaled_dot_product_attention with a mask.
+    With flash attention (CUDA, fp16 or bf16): one variable-length call, no mask, no padding. Elsewhere, for the attention alone, each
+    pair becomes the sequences prefix + chosen and prefix + rejected, and those of similar length are padded at their end to the
+    longest of them: plain causal attention never looks there.
     """
 
-    SIMILAR = 0.75  # pairs join a group while they are at least this part of its longest
+    SIMILAR = 0.75  # sequences join a group while they are at least this part of its longest
 
-    def __init__(self, batch, window_sizes, flash):
+    def __init__(self, batch, flash):
         self.batch, self.flash = batch, flash
         if flash:
             return
-        device, lengths = batch.inputs.device, batch.spans.sum(1)
-        starts = lengths.cumsum(0) - lengths
-        order = lengths.argsort(descending=True).tolist()
-        self.groups, kept = [], []
-        while order:
-            longest = int(lengths[order[0]])
-            members = [i for i in order if lengths[i] >= self.SIMILAR * longest]
-            order = order[len(members) :]
-            offset = torch.arange(longest)
-            real = offset < lengths[members, None]  # (n, L)
-            index = torch.where(real, starts[members, None] + offset, starts[members, None])  # padding reads any row of the pair
-            branch = (batch.spans[members].cumsum(1)[:, None] <= offset[:, None]).sum(-1)  # (n, L): 0, 1, 2, and 3 for padding
-            position = torch.where(branch == 2, offset - batch.spans[members, 1:2], offset)
-            back = position[:, :, None] - position[:, None]  # (n, L, L): how far back each key lies
-            sees = (offset[:, None] >= offset) & ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None]))
-            masks = {w: (sees & (back < (w or longest)))[:, None].to(device) for w in window_sizes}
-            self.groups.append((len(members), index.flatten().to(device), masks, real.flatten().nonzero()[:, 0].to(device)))
-            kept.append(index[real])
-        self.inverse = torch.cat(kept).argsort().to(device)  # rows of all groups -> order of the pack
+        prefix, chosen, rejected = batch.spans.unbind(1)
+        starts, none = batch.spans.sum(1).cumsum(0) - batch.spans.sum(1), torch.zeros_like(prefix)
+        lengths = torch.cat([prefix + chosen, prefix + rejected])  # (2N,), as are the next four
+        starts, prefix, skipped = starts.repeat(2), prefix.repeat(2), torch.cat([none, chosen])  # the chosen branch stands between
+        computed = torch.cat([none, prefix[: len(none)]])  # the second sequence's prefix repeats the first's: its results are dropped
+        order, self.shapes, rows, wanted = lengths.argsort(descending=True), [], [], []
+        while len(order):
+            some = order[: int((lengths[order] >= self.SIMILAR * lengths[order[0]]).sum())]
+            order, column = order[len(some) :], lambda x: x[some, None]
+            offset = torch.arange(int(lengths[some[0]]))
+            row = column(starts) + torch.minimum(offset, column(lengths) - 1)  # (n, L); padding reads the last row
+            rows.append((row + column(skipped) * (offset >= column(prefix))).flatten())
+            wanted.append(((offset >= column(computed)) & (offset < column(lengths))).flatten())
+            self.shapes.append((len(some), len(offset)))
+        rows, wanted = torch.cat(rows), torch.cat(wanted).nonzero()[:, 0]
+        self.rows = rows.to(batch.inputs.device)  # order of the pack -> groups, one after the other
+        self.back = wanted[rows[wanted].argsort()].to(batch.inputs.device)  # and back
 
     @torch.compiler.disable  # compiled blocks break here: what depends on the pack's layout stays outside of the graph
     def attend(self, q, k, v, layer, window):
@@ -386,11 +385,11 @@ class Tree:
             k, v = k.index_select(0, b.kv_index), v.index_select(0, b.kv_index)
             causal = (-1 if window is None else window - 1, 0)
             return varlen_attn(q, k, v, b.cu_q, b.cu_k, b.max_q, b.max_k, window_size=causal, **GROUPED_HEADS)
+        groups = zip(*(x.index_select(0, self.rows).split([n * L for n, L in self.shapes]) for x in (q, k, v)))
         outputs = []
-        for n, index, masks, real in self.groups:
-            padded = (x.index_select(0, index).unflatten(0, (n, -1)) for x in (q, k, v))  # (n, L, heads, D)
-            outputs.append(sdpa(*padded, mask=masks[window]).flatten(0, 1).index_select(0, real))
-        return torch.cat(outputs).index_select(0, self.inverse)
+        for shape, group in zip(self.shapes, groups):
+            outputs.append(Causal().attend(*(x.unflatten(0, shape) for x in group), layer, window).flatten(0, 1))  # (n, L, heads, D)
+        return torch.cat(outputs).index_select(0, self.back)
 
 
 class Attention(nn.Module):
@@ -650,7 +649,7 @@ class Transformer(nn.Module):
         """
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
         flash = batch.inputs.is_cuda and dtype.itemsize == 2 and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256
-        layout = Tree(batch, set(self.config.windows), flash)
+        layout = Tree(batch, flash)
         x, router = self.hidden(batch.inputs, batch.positions, layout, router_weight)  # (T, C)
         head = self.lm_head
         if batch.scored is None:

@@ -1562,7 +1562,7 @@ def test_flash_layout_equals_masked(name, monkeypatch):
     masked = model(batch)
     expected = gradients(model, masked @ weight)
     monkeypatch.setattr(model_module, "varlen_attn", varlen_reference)
-    monkeypatch.setattr(model_module, "Tree", lambda batch, windows, flash: Tree(batch, windows, True))
+    monkeypatch.setattr(model_module, "Tree", lambda batch, flash: Tree(batch, True))
     flash = model(batch)
     torch.testing.assert_close(flash, masked, rtol=0, atol=1e-5)
     for key, gradient in gradients(model, flash @ weight).items():
@@ -1578,7 +1578,7 @@ def test_flash_on_a_gpu(name, monkeypatch):
     exact = model(batch)
     expected = gradients(model, exact.mean())
     for flash in (True, False):
-        monkeypatch.setattr(model_module, "Tree", lambda batch, windows, ready: Tree(batch, windows, flash) if ready else pytest.fail("no flash attention"))
+        monkeypatch.setattr(model_module, "Tree", lambda batch, ready: Tree(batch, flash) if ready else pytest.fail("no flash attention"))
         with torch.autocast("cuda", dtype=torch.bfloat16):
             logps = model(batch)
         torch.testing.assert_close(logps, exact, rtol=0, atol=0.05)

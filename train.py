@@ -551,11 +551,8 @@ def main(flags, given):
     tokenizer = data.demo_tokenizer() if demo else data.Tokenizer.from_pretrained(flags.model, revision=flags.revision or None)
     pairs, held_out = load_pairs(flags, tokenizer, say) if first else (None, None)
     if flags.dry_run:
-        for i in range(min(3, len(pairs)) if first else 0):
-            say(f"\nrow {pairs.rows[i]}\n{data.describe(pairs[i], tokenizer, flags.prompt_loss)}")
         if first:
-            lengths = np.diff(pairs.ends, prepend=0).reshape(-1, 3)
-            say("\nmean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}; longest {}, {}, {}".format(*lengths.mean(0), *lengths.max(0)))
+            say(data.describe(pairs, tokenizer, flags.prompt_loss))
         return 0
     if ranks > 1:
         pairs = share_pairs(pairs, rank)
