@@ -2824,6 +2824,21 @@ def test_each_step_is_the_mean_over_its_own_pairs(pairs_file, flags, tmp_path, m
         assert {key: line[key] for key in expected} == pytest.approx({key: float(value) for key, value in expected.items()}, abs=1e-5)
 
 
+def test_the_logged_learning_rate_is_the_one_used(flags, tmp_path, monkeypatch):
+    used, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: used.append(self.param_groups[0]["lr"]) or step(self))
+    run(*flags, "--eval_pairs", 0, "--max_steps", 5, "--output_dir", tmp_path)
+    assert used == [line["learning_rate"] for line in lines(tmp_path)] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
+
+
+def test_speeds_count_the_steps_since_the_last_line(pairs_file, flags, tmp_path):
+    run(*flags, "--eval_pairs", 0, "--max_steps", 8, "--logging_steps", 2, "--output_dir", tmp_path)
+    spans = data.tokenize_pairs(data.read_pairs(pairs_file), demo_tokenizer()).spans().sum(1)
+    for line in lines(tmp_path):
+        indices = np.concatenate([train.step_indices(26, 5, 0, step)[0] for step in (line["step"] - 2, line["step"] - 1)])
+        assert line["tokens_per_second"] / line["pairs_per_second"] == pytest.approx(spans[indices].mean(), rel=1e-9)
+
+
 def test_every_pair_once_an_epoch():
     steps = [train.step_indices(23, 5, 9, step) for step in range(10)]
     for epoch in (steps[:5], steps[5:]):
