@@ -2257,6 +2257,17 @@ def test_dry_run_writes_nothing(flags, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and "chosen:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prompt_loss", [True, False])
+def test_dry_run_shows_what_is_trained(prompt_loss):
+    pairs = data.tokenize_pairs([dict(prompt="ab", chosen="c\n", rejected="d")], demo_tokenizer())
+    assert data.describe(pairs, demo_tokenizer(), prompt_loss).split("\n") == [
+        "", "row 1",
+        f"  prompt: 2 tokens, scored by {'L_SFT (from the second token on)' if prompt_loss else 'nothing'}", "    a|b",
+        "  chosen: 3 tokens, scored by L_SFT and L_OR", "    c|\\n|<|endoftext|> <- EOS",
+        "  rejected: 2 tokens, scored by L_OR", "    d|<|endoftext|> <- EOS",
+        "", "mean tokens: prompt 2, chosen 3, rejected 2; longest 2, 3, 2"]
+
+
 def test_save_dtype_and_samples(flags, tmp_path):
     run(*flags, "--max_steps", 2, "--eval_steps", 2, "--save_dtype", "bfloat16", "--generate_during_eval", 2, "--output_dir", tmp_path)
     assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
