@@ -263,7 +263,7 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled() or x.is_cuda or x.numel() > self.in_features or self.out_features % self.PIECES:
             return linear(x, self.weight, self.bias)
-        pieces, column = self.weight.view(self.PIECES, -1, self.in_features), x.reshape(1, -1).T
+        pieces, column = self.weight.view(self.PIECES, -1, self.in_features), x.reshape(1, -1).T  # a contiguous column is slower
         y = torch.bmm(pieces, column.expand(self.PIECES, -1, -1)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -522,8 +522,8 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def parts(h, weight, bias, targets):
-        """Yields (slice of the vocabulary, its weights, the logits (S, v), which may be overwritten, each target's place among
-        them, and whether it stands there at all), h and the weights in ctx's dtype."""
+        """Yields (slice of the vocabulary, its weights in h's dtype, its logits (S, v) in fp32 or wider, which may be overwritten,
+        each target's place among them (S, 1), whether it stands there at all (S,))."""
         size = max(64, TargetLogps.CHUNK.get(h.device.type, 2**26) // len(h) // 64 * 64)
         for start in range(0, len(weight), size):
             part = slice(start, min(start + size, len(weight)))
