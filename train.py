@@ -113,7 +113,7 @@ class Flags:
 GROUPS = {"model": "model and data", "beta": "objective", "learning_rate": "optimizer", "num_train_epochs": "how much",
           "max_length": "lengths, in tokens", "max_tokens": "machine", "output_dir": "output"}  # a group begins at its first flag
 # What the demo sets where nothing is said: a tiny model needs a larger learning rate, and its task shows more at a larger beta.
-DEMO = dict(learning_rate=3e-3, adam_beta2=0.98, beta=0.5, batch_size=32, max_steps=750, max_length=64, max_prompt_length=32, eval_steps=250,
+DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, batch_size=32, max_steps=750, max_length=64, max_prompt_length=32, eval_steps=250,
             logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                   max_position_embeddings=256, tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
