@@ -303,7 +303,7 @@ def sdpa(q, k, v, mask=None, causal=False):
 
 
 class Causal:
-    """Plain causal attention over (B, T, ...): what `logits` uses."""
+    """Plain causal attention over (B, T, ...): of `logits`, and of the padded sequences in a Tree."""
 
     def attend(self, q, k, v, layer, window):
         T = q.shape[1]

@@ -726,7 +726,7 @@ def main(flags, given):
     worker = ThreadPoolExecutor(1)  # packs the next step's pairs while this one is computed
     upcoming = worker.submit(prepare, start)
     bar = tqdm(total=total, initial=start, desc="training", unit=" steps", disable=None if first else True, dynamic_ncols=True)
-    finite, seen_pairs, seen_spans, paused, clock = [], 0, [], 0.0, time.perf_counter()  # all since the last line
+    finite, seen, paused, clock = [], [], 0.0, time.perf_counter()  # all since the last line; seen: the spans of its pairs
     last = {}
 
     def look_at_gradients(step):
@@ -750,13 +750,13 @@ def main(flags, given):
             dist.all_reduce(sums)  # the one reduction of a logged line
         *values, steps = sums.tolist()
         seconds = time.perf_counter() - clock - paused
-        spans = np.concatenate(seen_spans)
+        spans = np.concatenate(seen)
         unit = 1 if sys.platform == "darwin" else 1024
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if not steps:
             return {}
         metrics = {"step": step, "epoch": round(epoch, 6)} | {name: value / steps for name, value in zip(NAMES, values)}
-        metrics |= {"learning_rate": learning_rate(flags, step - 1, total), "pairs_per_second": seen_pairs / seconds,
+        metrics |= {"learning_rate": learning_rate(flags, step - 1, total), "pairs_per_second": len(spans) / seconds,
                     "tokens_per_second": int(spans.sum()) / seconds, "peak_memory_gb": memory / 2**30}
         return metrics | ({"mfu": model.training_flops(torch.from_numpy(spans)) / seconds / (peak * ranks)} if peak else {})
 
@@ -787,8 +787,7 @@ def main(flags, given):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         window += torch.where(finite[-1], torch.cat([sums, (grad_norm / ranks)[None], grad_norm.new_ones(1) / ranks]), 0.0)
-        seen_pairs += len(indices)
-        seen_spans.append(spans)
+        seen.append(spans)
 
         signalled = stop.agreed(ranks)
         logging = step % flags.logging_steps == 0 or step == total
@@ -804,7 +803,7 @@ def main(flags, given):
                 bar.set_postfix_str("loss {loss:.3f}, accuracy {rewards/accuracies:.2f}".format(**metrics), refresh=False)
                 say(LINE.format(total=total, beta=flags.beta, **metrics) + (f" | mfu {metrics['mfu']:.2f}" if peak else ""))
             window.zero_()
-            seen_pairs, seen_spans, paused, clock = 0, [], 0.0, time.perf_counter()
+            seen, paused, clock = [], 0.0, time.perf_counter()
         pause = time.perf_counter()
         if held_out is not None and flags.eval_steps and (step % flags.eval_steps == 0 or step == total):
             after = evaluate(step, epoch)
