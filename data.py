@@ -3,16 +3,28 @@
     from data import read_pairs, Tokenizer, encode_pair, pack
     python train.py --dry_run --model MODEL --data FILE      # shows what this file makes of your rows
 
-Notation used in all modules:  T tokens in a pack, N pairs in a pack, P / C / R tokens of one prompt / chosen / rejected.
+In the order of reading: packing, a pair's ids, the tokenizer, rows from files, the demo's task, what
+programs share. Notation in all modules:  T tokens in a pack, N pairs in a pack, P / C / R tokens of one
+prompt / chosen / rejected.
 """
+import argparse
+import difflib
+import functools
 import gzip
 import heapq
+import inspect
+import itertools
 import json
+import math
 import os
 import re
-from array import array
-from dataclasses import dataclass, replace
+import signal
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import tokenizers
@@ -20,386 +32,120 @@ import torch
 from tokenizers import normalizers, pre_tokenizers
 from tqdm import tqdm
 
-PROMPT, CHOSEN, REJECTED = 0, 1, 2  # the three parts of a pair, everywhere in this order
+# -----------------------------------------------------------------------------------------------------------
+# Packing: a pair is a tree, and trees stand end to end.
+#
+#              prefix    | chosen branch | rejected branch     (prompt p0..p3, chosen c0..c2, rejected r0 r1)
+# inputs       p0 p1 p2  | p3 c0 c1      | p3 r0               then the next pair
+# targets      p1 p2 p3  | c0 c1 c2      | r0 r1
+# positions    0  1  2   | 3  4  5       | 3  4
+# sees         causal    | + prefix      | + prefix, never the chosen branch
 
 
-class UserError(Exception):
-    """Something the user can put right: one line that says what, where, and what to do. Programs print it and exit 1."""
+@dataclass
+class Batch:
+    """One pack of N pairs, T positions, as torch tensors. Position t reads inputs[t] and predicts targets[t].
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where files come from: a directory, or a repository of the Hugging Face hub.
-
-MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                   "chat_template.jinja"]
-
-
-def fetch(path_or_repo, revision=None, patterns=(), repo_type="model"):
-    """The local directory of a model or data set; a hub id is downloaded first, only the files that match `patterns`.
-
-    HF_HOME and HF_HUB_OFFLINE are respected. Raises UserError where there is neither such a directory nor such an id.
-    """
-    path = os.fspath(path_or_repo)
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", path):
-        raise UserError(f"{path}: not a directory, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(path, revision=revision, repo_type=repo_type, allow_patterns=list(patterns))
-    except Exception as error:  # the hub client raises its own, httpx's and the system's errors: to a user all are one
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: no directory here, and the hub did not give it ({type(error).__name__}: {reason})") from error
-
-
-def read_json(path, default=None):
-    """The object in a JSON file; `default`, if given, where the file does not exist."""
-    if default is not None and not os.path.exists(path):
-        return default
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            value = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows. Every form ends as {"prompt", "chosen", "rejected"}: three strings, or three lists of messages.
-
-HH_TURN = "\n\nAssistant:"
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-          "### Instruction:\n{instruction}{input}\n\n### Response:\n")
-
-
-def read_pairs(sources, progress=False):
-    """All rows of the given files or hub data sets, in order, the prompt always explicit.
-
-    sources: a path or id, or a list of them; `id:split` picks a split other than train.
-    Returns a list of {"prompt", "chosen", "rejected"}, each a string or a list of {"role", "content"} messages.
-    Raises UserError with file and line where a row cannot be used.
-    """
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
-    rows = []
-    for path in [path for source in sources for path in _files(os.fspath(source))]:
-        form = None
-        before = len(rows)
-        for place, row in tqdm(_raw_rows(path), desc=f"reading {os.path.basename(path)}", unit=" rows", disable=not progress, leave=False):
-            where = f"{path}, {place}"
-            found = _form(row, where)
-            form = form or found
-            if found != form:
-                raise UserError(f"{where}: this row is {found}, the rows before it are {form}; one file holds one form")
-            try:
-                rows.append(_explicit(row, form))
-            except RecursionError as error:
-                raise UserError(f"{where}: nested too deeply to be a conversation") from error
-        if len(rows) == before:
-            raise UserError(f"{path}: no rows in it")
-    return rows
-
-
-def _files(source):
-    """The files of one --data value: a file itself, or those of one split of a directory or hub data set."""
-    if os.path.isfile(source):
-        return [source]
-    name, _, split = (source, "", "") if os.path.isdir(source) else source.partition(":")
-    if source.endswith(EXTENSIONS) or not (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        raise UserError(f"{source}: no such file (and not a hub data set's id, owner/name or owner/name:split)")
-    split = split or "train"
-    root = fetch(name, patterns=[f"*{split}*{extension}" for extension in EXTENSIONS], repo_type="dataset")
-    found = sorted(os.path.join(folder, file) for folder, _, files in os.walk(root) for file in files if file.endswith(EXTENSIONS))
-    # train-00000-of-00001.parquet, train.jsonl, train/0.parquet; but not train_sft-00000..., which is another split
-    wanted = [path for path in found if re.search(rf"(^|[/_-]){re.escape(split)}([-./]|$)", os.path.relpath(path, root))]
-    if not wanted:
-        there = ", ".join(os.path.relpath(path, root) for path in found) or "none at all"
-        raise UserError(f"{source}: no data files of split '{split}' ({there}); name one as {name}:SPLIT")
-    return wanted
-
-
-def _raw_rows(path):
-    """("line 1" or "row 1", decoded object) of a .jsonl, .json (a list, or lines), gzipped or .parquet file."""
-    if path.endswith(".parquet"):
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
-        try:
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-            yield from _numbered(row for batch in batches for row in batch.to_pylist())
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: not a readable parquet file ({error})") from error
-        return
-    number = 0
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte-order mark is no part of the text
-            file.seek(0)
-            if head.startswith(b"["):
-                yield from _numbered(json.loads(file.read().decode("utf-8-sig")))
-                return
-            for number, text in enumerate(file, 1):
-                text = text.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield f"line {number}", json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number or error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}{f', line {number}' * bool(number)}: not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (EOFError, OSError, gzip.zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: cannot be read ({error})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number or 1}: JSON that cannot be used ({error})") from error
-
-
-def _numbered(rows):
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _kind(value):
-    if value is None:
-        return "absent"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        return "messages"
-    return "unusable"
-
-
-def _form(row, where):
-    """Which of the supported forms a row has, in words."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON object is expected, not a {type(row).__name__}")
-    kinds = tuple(_kind(row.get(key)) for key in ("prompt", "chosen", "rejected"))
-    if kinds == ("absent", "text", "text") and _kind(row.get("instruction")) == "text" and _kind(row.get("input")) in ("text", "absent"):
-        return "instruction/chosen/rejected strings"
-    forms = {
-        ("text", "text", "text"): "prompt/chosen/rejected strings",
-        ("absent", "text", "text"): "chosen/rejected strings that share their prompt",
-        ("messages", "messages", "messages"): "prompt/chosen/rejected messages",
-        ("absent", "messages", "messages"): "chosen/rejected conversations",
-        ("text", "messages", "messages"): "a prompt string with chosen/rejected conversations",
-    }
-    if kinds not in forms:
-        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "none"
-        raise UserError(f"{where}: not a preference pair; needed are chosen and rejected (and prompt, if they do not share it), "
-                        f"all strings or all non-empty lists of role/content messages; columns found: {found}")
-    return forms[kinds]
-
-
-def _clean(value):
-    """The value with text a tokenizer can take: lone surrogates become U+FFFD, here and in all that messages hold."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    return {_clean(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _explicit(row, form):
-    prompt, chosen, rejected = (_clean(row.get(key)) for key in ("prompt", "chosen", "rejected"))
-    if isinstance(chosen, list) and not isinstance(prompt, list):  # whole conversations: the prompt is the run of turns they share
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        turns = chosen[:shared] or ([{"role": "user", "content": prompt}] if prompt else [])
-        return {"prompt": turns, "chosen": chosen[shared:], "rejected": rejected[shared:]}
-    if form.startswith("instruction"):
-        extra = _clean(row.get("input")) or ""
-        prompt = ALPACA.format(instruction=_clean(row["instruction"]), input=f"\n\n### Input:\n{extra}" if extra else "")
-    elif prompt is None:
-        end = len(os.path.commonprefix([chosen, rejected]))
-        turn = chosen.rfind(HH_TURN, 0, end)
-        if turn >= 0:
-            end = turn + len(HH_TURN)
-        else:  # back to a word boundary; the space before a word belongs to the word's token
-            while end and not chosen[end - 1].isspace():
-                end -= 1
-            end -= end > 0 and chosen[end - 1] == " "
-        prompt, chosen, rejected = chosen[:end], chosen[end:], rejected[end:]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text -> ids.
-
-# For a model that brings no chat template: the authors' <|user|> / <|assistant|> turns, each closed by EOS.
-DEFAULT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-                    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-class Tokenizer:
-    """A Hugging Face tokenizer's files: text <-> ids, special tokens, chat template.
-
-    eos_id, bos_id: ids or None.  adds_bos: whether the tokenizer itself begins a text with BOS.
-    chat_template: the model's own, or DEFAULT_TEMPLATE with has_template False.
+    inputs, targets, positions (T,).   owner (T,): 3 * pair + (0 prefix, 1 chosen branch, 2 rejected branch).
+    spans (N, 3), always on the CPU: lengths of prefix, chosen and rejected branch.
+    counts (N, 3): their scored targets.   scored (S,): positions whose target counts; None: all.  All int64.
+    Attention goes by segments of queries, two a pair (prefix + chosen branch; rejected branch), each causal
+    and aligned at the end of its keys. Segment s has the queries cu_q[s]:cu_q[s+1] and the keys
+    kv_index[cu_k[s]:cu_k[s+1]]; cu_q, cu_k (2N + 1,) int32; max_q, max_k: the longest.
+    share: 1, or 0 for a pack that only keeps a rank in step with the others.
     """
 
-    def __init__(self, backend, specials, adds_bos=False, chat_template=None, directory=None):
-        backend.no_truncation()  # some tokenizer.json files come with both switched on
-        backend.no_padding()
-        self.backend, self.specials, self.directory = backend, specials, directory
-        self.eos_id, self.bos_id = (backend.token_to_id(specials[name]) if name in specials else None for name in ("eos_token", "bos_token"))
-        first, first_of_text = (backend.encode("a", add_special_tokens=added).ids[:1] for added in (True, False))
-        processed = first == [self.bos_id] and first_of_text != [self.bos_id]  # the post-processor puts it
-        self.adds_bos = self.bos_id is not None and (processed or adds_bos)
-        self.has_template = chat_template is not None
-        self.chat_template = chat_template if self.has_template else DEFAULT_TEMPLATE
-        self._compiled = None
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    owner: torch.Tensor
+    spans: torch.Tensor
+    counts: torch.Tensor
+    scored: torch.Tensor | None
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    kv_index: torch.Tensor
+    max_q: int
+    max_k: int
+    share: float = 1.0
 
-    @classmethod
-    def from_pretrained(cls, path_or_repo, *, revision=None):
-        """Read tokenizer.json (or vocab.json + merges.txt) and what goes with it. Raises UserError."""
-        directory = fetch(path_or_repo, revision, TOKENIZER_FILES + ["config.json", "generation_config.json"])
-        at = lambda name: os.path.join(directory, name)
-        settings, model, listed = (read_json(at(name), {}) for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json"))
-        try:
-            if os.path.exists(at("tokenizer.json")):
-                backend = tokenizers.Tokenizer.from_file(at("tokenizer.json"))
-            elif os.path.exists(at("vocab.json")) and os.path.exists(at("merges.txt")):
-                backend = _byte_level_bpe(at, settings, model)
-            else:
-                raise UserError(f"{directory}: no tokenizer.json, and no vocab.json with merges.txt")
-            # The names of the special tokens: three places, the first that speaks wins, and null is a word too (Qwen has no BOS).
-            specials = {}
-            for name, token in [*settings.items(), *listed.items()]:
-                if name.endswith("_token"):
-                    specials.setdefault(name, token.get("content") if isinstance(token, dict) else token)
-            for name in ("eos_token", "bos_token"):
-                number = model.get(f"{name}_id")
-                number = number[0] if isinstance(number, list) and number else number
-                if name not in specials and isinstance(number, int) and number >= 0:
-                    specials[name] = backend.id_to_token(number)
-            specials = {name: token for name, token in specials.items() if isinstance(token, str)}
-            # A special token is found in text even where the file that lists added tokens forgets it; one with no id stays text.
-            known = {token.content for token in backend.get_added_tokens_decoder().values()}
-            forgotten = [token for token in specials.values() if token not in known and backend.token_to_id(token) is not None]
-            backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in forgotten])
-            template = settings.get("chat_template")
-            if isinstance(template, list):
-                named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-                template = named.get("default")
-            if os.path.exists(at("chat_template.jinja")):
-                with open(at("chat_template.jinja"), encoding="utf-8") as file:
-                    template = file.read()
-            return cls(backend, specials, bool(settings.get("add_bos_token")), template, directory)
-        except (UserError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # the tokenizers library raises bare Exception, and its panics derive from BaseException
-            raise UserError(f"{directory}: the tokenizer's files cannot be read ({error})") from error
-
-    def save_pretrained(self, directory):
-        """Write the tokenizer's files: those it came from, unchanged, or (for one made here) new ones."""
-        os.makedirs(directory, exist_ok=True)
-        if self.directory:
-            for name in TOKENIZER_FILES:
-                if os.path.exists(os.path.join(self.directory, name)):
-                    with open(os.path.join(self.directory, name), "rb") as file:
-                        content = file.read()
-                    with open(os.path.join(directory, name), "wb") as file:  # only now: it may be the same file
-                        file.write(content)
-            if self.has_template and self.chat_template == DEFAULT_TEMPLATE:  # used for want of the model's own; from now on it is
-                with open(os.path.join(directory, "chat_template.jinja"), "w", encoding="utf-8") as file:
-                    file.write(self.chat_template)
-        else:
-            self.backend.save(os.path.join(directory, "tokenizer.json"))
-            with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-                json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.chat_template, **self.specials}, file, indent=2)
-
-    def encode(self, text):
-        """text -> list of ids; no special tokens are added."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts):
-        """texts -> lists of ids, computed on all cores."""
-        try:
-            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error:  # a vocabulary without a token for unknown words, say
-            raise UserError(f"the tokenizer cannot encode a text ({error})") from error
-
-    def decode(self, ids):
-        """ids -> text, special tokens included."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
-
-    def apply_chat_template(self, messages, add_generation_prompt=False):
-        """messages -> text, as transformers renders it. Raises UserError where the template refuses or misbehaves."""
-        try:
-            self._compiled = self._compiled or _template_environment().from_string(self.chat_template)
-            # A key without a value is a key that is not there: parquet and APIs write "tool_calls": null into every message.
-            messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            variables = dict(messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
-            return self._compiled.render(variables | self.specials)
-        except Exception as error:  # a template is a stranger's program: it can fail in any way
-            roles = [message.get("role") for message in messages]
-            raise UserError(f"the chat template refused a conversation with roles {roles} ({type(error).__name__}: {error})") from error
-
-    def stop_ids(self):
-        """The ids that end an answer: EOS, generation_config.json's, and the one with which the chat template closes a turn."""
-        stops = {self.eos_id} - {None}
-        if self.directory:
-            listed = read_json(os.path.join(self.directory, "generation_config.json"), {}).get("eos_token_id", [])
-            stops.update(i for i in (listed if isinstance(listed, list) else [listed]) if isinstance(i, int))
-        if self.has_template:
-            try:
-                turn = self.apply_chat_template([{"role": "user", "content": "u"}, {"role": "assistant", "content": "ANSWER"}])
-            except UserError:  # a template with rules of its own about turns: the other two sources have to do
-                return stops
-            added = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
-            closing = turn.rpartition("ANSWER")[2].lstrip()
-            stops.update(i for token, i in added.items() if closing.startswith(token))
-        return stops
+    def to(self, device):
+        """On `device`; the copy to a GPU goes through pinned memory and does not wait."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True)
+                 for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
+        return replace(self, **moved | {"spans": self.spans})
 
 
-def _byte_level_bpe(at, settings, model):
-    """A tokenizer of the GPT-2, OPT or Qwen kind from vocab.json + merges.txt, the form older hub repositories have."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(at("vocab.json"), at("merges.txt")))
-    if "qwen" in str(settings.get("tokenizer_class", model.get("model_type"))).lower():
-        backend.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space", False)))
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    added = added or {i: {"content": token} for token, i in read_json(at("added_tokens.json"), {}).items()}
-    for i in sorted(added):
-        token = {"special": True, "normalized": False} | {k: v for k, v in added[i].items() if k != "__type"}
-        backend.add_tokens([tokenizers.AddedToken(token.pop("content"), **token)])
-    return backend
+def pack(pairs, *, prompt_loss=True):
+    """(prompt, chosen, rejected) ids of N pairs -> Batch. Without prompt_loss prompts are not scored."""
+    inputs, targets, positions, owner, keys, spans, start = [], [], [], [], [], [], 0
+    for n, (prompt, chosen, rejected) in enumerate(pairs):
+        p, c, r = len(prompt) - 1, len(chosen), len(rejected)
+        inputs += [prompt[:-1], prompt[-1:], chosen[:-1], prompt[-1:], rejected[:-1]]
+        targets += [prompt[1:], chosen, rejected]
+        positions += [np.arange(p), p + np.arange(c), p + np.arange(r)]
+        owner.append(np.repeat([3 * n, 3 * n + 1, 3 * n + 2], [p, c, r]))
+        here = start + np.arange(p + c + r)
+        keys += [here[: p + c], here[:p], here[p + c :]]  # prefix, chosen; prefix, rejected
+        spans.append([p, c, r])
+        start += p + c + r
+    inputs, targets, positions, owner, keys = (torch.from_numpy(np.concatenate(parts).astype(np.int64))
+                                               for parts in (inputs, targets, positions, owner, keys))
+    spans = torch.tensor(spans)
+    prefix, chosen, rejected = spans.unbind(1)
+    queries = torch.stack([prefix + chosen, rejected], 1).flatten()  # (2N,) lengths of the segments' queries
+    key_counts = torch.stack([prefix + chosen, prefix + rejected], 1).flatten()  # and of their keys
+    cu_q, cu_k = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in (queries, key_counts))
+    counts = spans * torch.tensor([int(prompt_loss), 1, 1])
+    scored = None if prompt_loss else (owner % 3 != 0).nonzero()[:, 0]
+    return Batch(inputs, targets, positions, owner, spans, counts, scored, cu_q, cu_k, keys,
+                 int(queries.max()), int(key_counts.max()))
 
 
-def _template_environment():
-    """jinja2's immutable sandbox with the names and options that transformers gives chat templates."""
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):  # {% generation %}...{% endgeneration %} marks the assistant's text; here it is only passed through
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
-        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda format: datetime.now().strftime(format))
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: dict.update(message, ...) would change rows
-    return environment
+def deal(lengths, max_tokens, ranks=1):
+    """Positions of `lengths` dealt to packs of at most max_tokens in sum: longest first, each to the
+    emptiest pack. The number of packs is the smallest multiple of `ranks` found to do, so they come out
+    nearly equal; some may be empty."""
+    assert max(lengths) <= max_tokens, "checked before training"
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = ranks * math.ceil(sum(lengths) / max_tokens / ranks)
+    while True:
+        packs, totals = [[] for _ in range(count)], [(0, pack) for pack in range(count)]  # totals: a heap
+        for i in longest_first:
+            total, pack = totals[0]
+            heapq.heapreplace(totals, (total + int(lengths[i]), pack))
+            packs[pack].append(i)
+        if max(totals)[0] <= max_tokens:
+            return packs
+        count += ranks * (1 + count // ranks // 16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def make_packs(pairs, indices, max_tokens, *, rank=0, ranks=1, prompt_loss=True):
+    """The packs, of at most max_tokens positions each, in which this rank computes the pairs of one
+    optimizer step. Every rank gets equally many: where there is nothing left to do, the first pair with a
+    share of 0."""
+    batches = []
+    for members in deal(pairs.spans()[indices].sum(1), max_tokens, ranks)[rank::ranks]:
+        batch = pack([pairs[indices[i]] for i in members or [0]], prompt_loss=prompt_loss)
+        batches.append(replace(batch, share=float(bool(members))))
+    return batches
+
+
+def epoch_order(count, seed, epoch):
+    """The order in which epoch number `epoch` takes `count` pairs: a function of seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def step_indices(count, batch_size, seed, step):
+    """The pairs of optimizer step 0, 1, ... (an epoch's last may be short), and the epochs done after it."""
+    epoch, place = divmod(step, math.ceil(count / batch_size))
+    end = min(count, (place + 1) * batch_size)
+    return epoch_order(count, seed, epoch)[place * batch_size : end], epoch + end / count
+
+
+# -----------------------------------------------------------------------------------------------------------
 # A row -> the ids of prompt, chosen, rejected.
 
 
@@ -409,59 +155,55 @@ def _texts(row, tokenizer):
     if isinstance(chosen, str):
         return prompt, prompt + chosen, prompt + rejected
     opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True) if prompt else ""
-    return opening, tokenizer.apply_chat_template(prompt + chosen), tokenizer.apply_chat_template(prompt + rejected)
+    return opening, *(tokenizer.apply_chat_template(prompt + turns) for turns in (chosen, rejected))
 
 
-def _split(ids, tokenizer, max_length, max_prompt_length, truncation_mode):
-    """Token ids of the three texts -> prompt, chosen, rejected ids, special tokens placed and lengths kept; were any cut?"""
-    if tokenizer.eos_id is None:
-        raise UserError("the tokenizer names no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    written = ids[1][:1] == [tokenizer.bos_id]  # by the template
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos or written else []
+def _split(ids, tokenizer, max_length=1024, max_prompt_length=None, truncation_mode="keep_end"):
+    """Ids of the three texts -> (prompt, chosen, rejected), special tokens in place; was it cut?"""
+    refuse((tokenizer.eos_id is None, "no end-of-sequence token; tokenizer_config.json can set eos_token"))
+    # a template may have written BOS where the tokenizer would add none
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos or ids[1][:1] == [tokenizer.bos_id] else []
     ids = [full[1:] if full[:1] == bos else full for full in ids]
-    prompt = os.path.commonprefix(ids)  # the longest common prefix: merges across the boundary go to the responses
-    responses = [_ended(full[len(prompt):], tokenizer) for full in ids[1:]]
+    prompt = os.path.commonprefix(ids)  # of all three: merges across the boundary go to the responses
+    responses = [_ended(full[len(prompt) :], tokenizer) for full in ids[1:]]
     if not prompt and not bos:  # something has to open the branches: BOS or EOS, as a generator would start
         bos = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     cut = len(bos) + len(prompt) + max(map(len, responses)) > max_length
     if cut:
-        room = max_prompt_length - len(bos)
-        prompt = prompt[:room] if truncation_mode == "keep_start" else prompt[max(0, len(prompt) - room):]
+        room = (max_prompt_length or max_length // 2) - len(bos)
+        prompt = prompt[:room] if truncation_mode == "keep_start" else prompt[max(0, len(prompt) - room) :]
     prompt = bos + prompt
-    return prompt, *(response[: max_length - len(prompt)] for response in responses), cut
+    return (prompt, *(response[: max_length - len(prompt)] for response in responses)), cut
 
 
 def _ended(response, tokenizer):
-    """A response's ids with EOS at its end exactly once: those that stand there, and white space after them, go first."""
-    eos = tokenizer.eos_id
-    while eos in response:
-        last = len(response) - 1 - response[::-1].index(eos)
+    """A response's ids with one EOS at the end: those that stand there, and white space after them, go."""
+    while tokenizer.eos_id in response:
+        last = len(response) - 1 - response[::-1].index(tokenizer.eos_id)
         if tokenizer.decode(response[last + 1 :]).strip():
             break
         response = response[:last]
-    return response + [eos] if response else []  # no token at all: the row will be dropped
+    return response + [tokenizer.eos_id] if response else []  # no token at all: the row will be dropped
 
 
-def encode_pair(row, tokenizer, *, max_length=1024, max_prompt_length=512, truncation_mode="keep_end"):
+def encode_pair(row, tokenizer, *, max_length=1024, max_prompt_length=None, truncation_mode="keep_end"):
     """One row of read_pairs -> (prompt, chosen, rejected) lists of ids, as they are trained.
 
-    The prompt is the longest common prefix of encode(prompt), encode(prompt + chosen), encode(prompt + rejected). It begins with
-    BOS where the tokenizer would put one; a response ends in EOS exactly once. When prompt + longer response exceed max_length
-    tokens, the prompt is cut to max_prompt_length (from the left: keep_end; from the right: keep_start), BOS staying first, then
-    each response on the right to what is left.
+    The prompt is the longest common prefix of encode(prompt), encode(prompt + chosen), encode(prompt +
+    rejected). It begins with BOS where the tokenizer would put one; a response ends in EOS exactly once.
+    When prompt + longer response exceed max_length tokens, the prompt is cut to max_prompt_length (default:
+    half of it; from the left: keep_end; from the right: keep_start), BOS staying first, then each response
+    on the right to what is left.
     """
-    ids = [tokenizer.encode(text) for text in _texts(row, tokenizer)]
-    return _split(ids, tokenizer, max_length, max_prompt_length, truncation_mode)[:3]
-
-
-def _text(response):
-    return response if isinstance(response, str) else "".join(message["content"] for message in response)
+    ids = tokenizer.encode_batch(_texts(row, tokenizer))
+    return _split(ids, tokenizer, max_length, max_prompt_length, truncation_mode)[0]
 
 
 @dataclass
 class Pairs:
     """Tokenized pairs as flat arrays. tokens: int32, all pairs' prompt, chosen, rejected ids end to end;
-    ends: (3 * pairs,) int64, where each part ends; rows: (pairs,) int64, the 1-based number of the row it came from."""
+    ends: (3 * pairs,) int64, where each part ends; rows: (pairs,) int64, the 1-based number of the row it
+    came from."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -478,212 +220,631 @@ class Pairs:
         return self.tokens[start:a], self.tokens[a:b], self.tokens[b:c]
 
     def spans(self):
-        """(pairs, 3): positions that each pair's prefix, chosen and rejected branch take in a pack (see `pack`)."""
-        spans = np.diff(self.ends, prepend=0).reshape(-1, 3)
-        return spans - np.array([1, 0, 0])
+        """(pairs, 3): positions that a pair's prefix, chosen and rejected branch take in a pack."""
+        return np.diff(self.ends, prepend=0).reshape(-1, 3) - [1, 0, 0]
+
+    @classmethod
+    def joined(cls, parts, rows, report=""):
+        """From the prompt, chosen, rejected ids of all pairs, one after the other."""
+        tokens = np.concatenate([np.empty(0, np.int32), *parts])
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return cls(tokens, ends, np.asarray(rows, np.int64), report)
 
     def select(self, indices):
         """The pairs of the given indices, in that order, as new Pairs."""
-        parts = [part for i in indices for part in self[i]]
-        return replace(self, tokens=np.concatenate(parts), ends=np.cumsum([len(part) for part in parts]), rows=self.rows[indices])
+        return Pairs.joined([part for i in indices for part in self[i]], self.rows[indices], self.report)
 
 
-def tokenize_pairs(rows, tokenizer, *, max_length=1024, max_prompt_length=512, truncation_mode="keep_end", progress=False):
-    """Rows of read_pairs -> Pairs. Leaves out, and counts by reason, what cannot teach: chosen equal to rejected, empty
-    responses (white space only), rows with no token left in a response. Raises UserError if nothing is left."""
-    tokens, ends, kept, counts = array("i"), array("q"), array("q"), dict.fromkeys(("equal", "empty", "cut", "dropped"), 0)
-    bar = tqdm(total=len(rows), desc="tokenizing", unit=" rows", disable=not progress, leave=False)
-    for start in range(0, len(rows), 512):
+def tokenize_pairs(rows, tokenizer, *, progress=False, **lengths):
+    """Rows of read_pairs -> Pairs; `lengths`: the options of encode_pair. Leaves out, and counts by reason,
+    what cannot teach: chosen equal to rejected (also once encoded and cut), responses empty but for white
+    space, or without a token. Raises UserError if nothing is left."""
+    kept, kept_parts, early, counts = [], [], [], dict.fromkeys(("equal", "empty", "cut", "dropped"), 0)
+    bar = dict(desc="tokenizing", unit=" rows", unit_scale=512, disable=not progress, leave=False)
+    for start in tqdm(range(0, len(rows), 512), **bar):  # many at a time, for the tokenizer's threads
         numbers, texts = [], []
         for number, row in enumerate(rows[start : start + 512], start + 1):
-            bar.update()
-            if not _text(row["chosen"]).strip() or not _text(row["rejected"]).strip():
-                counts["empty"] += 1
-            elif row["chosen"] == row["rejected"]:
-                counts["equal"] += 1
-            else:
-                try:
-                    texts += _texts(row, tokenizer)
-                except UserError as error:
-                    raise UserError(f"row {number}: {error}") from error
-                numbers.append(number)
+            empty = not all(_text(row[side]).strip() for side in ("chosen", "rejected"))
+            if empty or row["chosen"] == row["rejected"]:
+                counts["empty" if empty else "equal"] += 1
+                continue
+            name = getattr(row, "place", f"row {number}")
+            with where(name):
+                opening, *full = _texts(row, tokenizer)
+            early += [] if all(text.startswith(opening) for text in full) else [name]
+            texts += [opening, *full]
+            numbers.append(number)
         ids = tokenizer.encode_batch(texts)
         for i, number in enumerate(numbers):
-            *parts, cut = _split(ids[3 * i : 3 * i + 3], tokenizer, max_length, max_prompt_length, truncation_mode)
-            if not all(parts):
-                counts["dropped"] += 1
+            parts, cut = _split(ids[3 * i : 3 * i + 3], tokenizer, **lengths)
+            if not all(parts) or parts[1] == parts[2]:
+                counts["equal" if all(parts) else "dropped"] += 1
                 continue
             counts["cut"] += cut
             kept.append(number)
-            for part in parts:
-                tokens.extend(part)
-                ends.append(len(tokens))
-    bar.close()
-    report = f"{len(rows)} rows read, {len(kept)} kept: " + ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    if not kept:
-        raise UserError(f"no pair is left to train on ({report})")
-    return Pairs(np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64), np.frombuffer(kept, np.int64), report)
+            kept_parts += [np.array(part, np.int32) for part in parts]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    report = f"{len(rows)} rows read, {len(kept)} kept: {reasons}"
+    refuse((not kept, f"no pair is left to train on ({report})"))
+    if early:
+        report += (f"; in {len(early)} (first: {early[0]}) the template writes an answered prompt otherwise than an "
+                   "open one: the response begins where the texts part, inside the prompt")
+    return Pairs.joined(kept_parts, kept, report)
+
+
+def _text(response):
+    return response if isinstance(response, str) else "".join(message["content"] for message in response)
 
 
 def describe(pairs, tokenizer, prompt_loss=True, count=3):
-    """What will be trained of the first pairs, as text: their tokens one by one, which losses score them, and where EOS stands."""
+    """What will be trained of the first pairs, as text: their tokens, and which losses score them."""
+    scored = {"prompt": "L_SFT (from the second token on)" if prompt_loss else "nothing",
+              "chosen": "L_SFT and L_OR", "rejected": "L_OR"}
     lines = []
-    scored = ("L_SFT (from the second token on)" if prompt_loss else "nothing", "L_SFT and L_OR", "L_OR")
     for pair in range(min(count, len(pairs))):
         lines.append(f"\nrow {pairs.rows[pair]}")
-        for name, ids, losses in zip(("prompt", "chosen", "rejected"), pairs[pair], scored):
-            pieces = "|".join(repr(tokenizer.decode([i]))[1:-1] + " <- EOS" * (i == tokenizer.eos_id) for i in ids.tolist())
-            lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}\n    {pieces}")
+        for (name, losses), ids in zip(scored.items(), pairs[pair]):
+            lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}")
+            pieces = "|".join(repr(text)[1:-1] for text in tokenizer.pieces(ids.tolist()))
+            lines.append("    " + pieces + " <- EOS" * bool(ids[-1] == tokenizer.eos_id))
     lengths = np.diff(pairs.ends, prepend=0).reshape(-1, 3)
-    mean, longest = "{:.0f}, chosen {:.0f}, rejected {:.0f}".format(*lengths.mean(0)), "{}, {}, {}".format(*lengths.max(0))
-    return "\n".join([*lines, f"\nmean tokens: prompt {mean}; longest {longest}"])
+    summary = "\nmean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}; longest {}, {}, {}"
+    return "\n".join([*lines, summary.format(*lengths.mean(0), *lengths.max(0))])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing: a pair is a tree, and trees stand end to end.
-#
-#              prefix    | chosen branch | rejected branch     (prompt p0..p3, chosen c0..c2, rejected r0 r1)
-# inputs       p0 p1 p2  | p3 c0 c1      | p3 r0               then the next pair
-# targets      p1 p2 p3  | c0 c1 c2      | r0 r1
-# positions    0  1  2   | 3  4  5       | 3  4
-# sees         causal    | + prefix      | + prefix, never the chosen branch
+# -----------------------------------------------------------------------------------------------------------
+# Text -> ids.
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja"]
+# For a model that brings no chat template: the authors' <|user|> / <|assistant|> turns, each closed by EOS.
+DEFAULT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+                    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-@dataclass
-class Batch:
-    """One pack of N pairs, T positions, as torch tensors. Position t reads inputs[t] and predicts targets[t].
+class Tokenizer:
+    """A Hugging Face tokenizer's files: text <-> ids, special tokens, chat template.
 
-    inputs, targets, positions (T,) int64.   owner (T,) int64: 3 * pair + (0 prefix, 1 chosen branch, 2 rejected branch).
-    spans (N, 3) int64, always on the CPU: lengths of prefix, chosen and rejected branch.  counts (N, 3) int64: their scored targets.
-    scored (S,) int64: positions whose target counts; None: all.
-    Attention as segments of queries, two a pair (prefix + chosen branch; rejected branch), each causal, aligned at the end of
-    its keys: segment s has queries cu_q[s]:cu_q[s+1] and keys kv_index[cu_k[s]:cu_k[s+1]]; max_q, max_k: the longest.
+    eos_id, bos_id: ids or None.  adds_bos: whether the tokenizer itself begins a text with BOS.  clock: what
+    templates see. chat_template: the model's own, or DEFAULT_TEMPLATE with has_template False.  files:
+    {name: bytes} as they were read.
     """
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    positions: torch.Tensor
-    owner: torch.Tensor
-    spans: torch.Tensor
-    counts: torch.Tensor
-    scored: torch.Tensor | None
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
-    kv_index: torch.Tensor
-    max_q: int
-    max_k: int
+    def __init__(self, backend, specials, adds_bos=False, chat_template=None, files=None):
+        backend.no_truncation()  # some tokenizer.json files come with both switched on
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None  # BPE dropout: another tokenization each time
+        self.backend, self.specials, self.files, self.clock = backend, specials, files or {}, datetime.now()
+        ids = {name: backend.token_to_id(token) for name, token in specials.items()}
+        self.eos_id, self.bos_id = ids.get("eos_token"), ids.get("bos_token")
+        first, plain = (backend.encode("a", add_special_tokens=added).ids[:1] for added in (True, False))
+        processed = first == [self.bos_id] != plain  # the post-processor puts it
+        self.adds_bos = self.bos_id is not None and (processed or adds_bos)
+        self.has_template, self.original_template = chat_template is not None, files and chat_template
+        default = "{{ bos_token }}" * self.adds_bos + DEFAULT_TEMPLATE
+        self.chat_template = chat_template if self.has_template else default
 
-    def to(self, device):
-        """On `device`; the copy to a GPU goes through pinned memory and does not wait."""
-        if torch.device(device).type == "cpu":
-            return self
-        pin = torch.device(device).type == "cuda"
-        moved = {
-            name: (value.pin_memory() if pin else value).to(device, non_blocking=True)
-            for name, value in vars(self).items() if isinstance(value, torch.Tensor) and name != "spans"
-        }
-        return replace(self, **moved)
+    @classmethod
+    def from_pretrained(cls, path_or_repo, *, revision=None):
+        """Read tokenizer.json (or vocab.json + merges.txt) and what goes with it. Raises UserError."""
+        names = [*TOKENIZER_FILES, "config.json", "generation_config.json"]
+        directory = fetch(path_or_repo, revision, names)
+        files = {name: content for name in names if (content := read_inside(directory, name)) is not None}
+        settings, listed, model = (parse_json(files.get(name), f"{directory}/{name}") for name in
+                                   ("tokenizer_config.json", "special_tokens_map.json", "config.json"))
+        if "tokenizer.json" in files:
+            with where(f"{directory}/tokenizer.json"):
+                backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        else:
+            with where(directory, "no tokenizer.json, and no usable vocab.json with merges.txt"):
+                backend = _bpe_from_files(files, settings, model)
+        with where(directory, "the tokenizer's settings"):
+            adds_bos = settings.get("add_bos_token")
+            refuse((not isinstance(adds_bos, bool | None), f"add_bos_token: {adds_bos!r} is no truth value"))
+            specials = _special_tokens(backend, settings, listed, model)
+            return cls(backend, specials, bool(adds_bos), _model_template(files, settings), files)
+
+    def save_pretrained(self, directory):
+        """Write the tokenizer's files: those it came from, unchanged, or (for one made here) new ones."""
+        os.makedirs(directory, exist_ok=True)
+        files = {name: content for name, content in self.files.items() if name in TOKENIZER_FILES}
+        if not files:
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
+            files = {"tokenizer.json": self.backend.to_str(pretty=True).encode(),
+                     "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+        if self.has_template and self.chat_template != self.original_template:
+            files["chat_template.jinja"] = self.chat_template.encode()  # from now on the model's own
+        for name, content in files.items():
+            Path(directory, name).write_bytes(content)
+
+    def encode(self, text):
+        """text -> list of ids; no special tokens are added."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        """texts -> lists of ids, computed on all cores."""
+        with where("the tokenizer cannot encode a text"):  # it may have no token for unknown words
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids):
+        """ids -> text, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def pieces(self, ids):
+        """The text that each id adds to those before it; decoded alone, it could lose its space."""
+        before = [self.decode(ids[max(0, i - 3) : i]) for i in range(len(ids))]
+        return [self.decode(ids[max(0, i - 3) : i + 1])[len(text) :] for i, text in enumerate(before)]
+
+    def apply_chat_template(self, messages, add_generation_prompt=False):
+        """messages -> text, as transformers renders it. Raises UserError where the template refuses."""
+        # A key without a value is a key that is not there: parquet writes "tool_calls": null everywhere.
+        messages = [{k: value for k, value in message.items() if value is not None} for message in messages]
+        options = dict(messages=messages, tools=None, documents=None,
+                       add_generation_prompt=add_generation_prompt)
+        with where("the chat template refused a conversation"), time_limit(5):  # some do not end
+            return _compiled(self.chat_template, self.clock).render(self.specials | options)
+
+    def stop_ids(self):
+        """The ids that end an answer: EOS, generation_config.json's, what closes a turn of the template."""
+        listed = parse_json(self.files.get("generation_config.json")).get("eos_token_id")
+        stops = {self.eos_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+        with suppress(UserError):  # a template with rules of its own about turns: the others have to do
+            turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "ANSWER"}]
+            closing = self.apply_chat_template(turns).rpartition("ANSWER")[2].lstrip()
+            added = self.backend.get_added_tokens_decoder()
+            stops |= {i for i, token in added.items() if token.special and closing.startswith(token.content)}
+        return stops
 
 
-def pack(pairs, *, prompt_loss=True, feed_last=False):
-    """(prompt, chosen, rejected) ids of N pairs -> Batch.
+def _special_tokens(backend, settings, listed, model):
+    """{"eos_token": text, ...}. Three files name them, the first that speaks wins, and null is a word too
+    (Qwen has no BOS); config.json has ids. Each is then found in text even where the list of added tokens
+    forgets it."""
+    named = {name: token for name, token in (listed | settings).items() if name.endswith("_token")}
+    for name in ("eos_token", "bos_token"):
+        number = model.get(f"{name}_id")
+        if name not in named and isinstance(number, int):
+            named[name] = backend.id_to_token(number)
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    specials = {name: text for name, text in texts.items() if isinstance(text, str)}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in specials.values():
+        if token not in known and backend.token_to_id(token) is not None:
+            backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+    return specials
 
-    prompt_loss False: the prompt's targets are not scored.  feed_last True: the responses' last tokens, after which nothing is
-    predicted, are fed in as well (unscored); the router statistics of mixtures of experts count them, as elsewhere.
+
+def _model_template(files, settings):
+    """The model's chat template or None: chat_template.jinja, else tokenizer_config.json's default one."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8-sig")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        text = f"of the tokenizer's chat templates none is the default: {', '.join(named)}"
+        template = named.get("default", "{{ raise_exception(%s) }}" % json.dumps(text))
+    return template
+
+
+def _byte_level_bpe(vocab, merges):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def _bpe_from_files(files, settings, model):
+    """A tokenizer of the GPT-2, OPT or Qwen kind from vocab.json + merges.txt, as old repositories have."""
+    lines = files["merges.txt"].decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = _byte_level_bpe(parse_json(files["vocab.json"]), merges)
+    if "qwen" in str(settings.get("tokenizer_class", model.get("model_type"))).lower():
+        backend.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    added = settings.get("added_tokens_decoder", {})
+    for i in sorted(added, key=int):
+        options = {name: value for name, value in added[i].items() if name != "__type"}
+        backend.add_tokens([tokenizers.AddedToken(**options)])
+    return backend
+
+
+@functools.cache
+def _compiled(template, clock):
+    """The template in jinja2's immutable sandbox, with the names and options that transformers gives chat
+    templates."""
+    import jinja2.sandbox
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, **options):
+        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+
+    def make_dict(*args, **kwargs):  # not the class itself: dict.update(message, ...) would change rows
+        return dict(*args, **kwargs)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=clock.strftime, dict=make_dict)
+    # {% generation %} marks what the assistant says; to text it is no more than a scope of names
+    scopes = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", r"{%\1 \2with \3%}", template)
+    return environment.from_string(scopes)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Rows. Every form ends as {"prompt", "chosen", "rejected"}: three strings, or three lists of messages.
+
+EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+          "request.\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n")
+COLUMNS = ("prompt", "chosen", "rejected", "instruction", "input")
+
+
+class Row(dict):
+    """A pair's prompt, chosen and rejected.  place: file and line, where it has them."""
+
+
+def read_pairs(sources, *, prompt_column="", progress=False):
+    """All rows of the given files or hub data sets, in order, the prompt always explicit.
+
+    sources: a path or id, or a list of them; `id:split` picks a split other than train.  prompt_column:
+    where the prompt stands, if not in one of the columns people use; "none": nowhere. Returns a list of
+    {"prompt", "chosen", "rejected"}, each a string or a list of {"role", "content"} messages. Raises
+    UserError with file and line where a row cannot be used.
     """
-    inputs, targets, positions, owner, spans, scored, keys = [], [], [], [], [], [], []
-    start = 0
-    for n, (prompt, *responses) in enumerate(pairs):
-        prefix = len(prompt) - 1
-        parts = [(prompt[:-1], prompt[1:], 0)]
-        for response in responses:
-            fed = response if feed_last else response[:-1]
-            parts.append((np.concatenate([prompt[-1:], fed]), response, prefix))
-        spans.append([len(part[0]) for part in parts])
-        for branch, (read, predict, first) in enumerate(parts):
-            inputs.append(read)
-            targets.append(np.resize(predict, len(read)) if len(read) > len(predict) else predict)  # any token: it is not scored
-            positions.append(first + np.arange(len(read)))
-            owner.append(np.full(len(read), 3 * n + branch))
-            wanted = np.arange(len(read)) < len(predict)
-            scored.append(wanted & (prompt_loss or branch != PROMPT))
-        _, chosen, rejected = spans[-1]
-        keys.append(np.arange(start, start + prefix + chosen))  # segment 1: the prefix and the chosen branch
-        keys.append(np.r_[start : start + prefix, start + prefix + chosen : start + prefix + chosen + rejected])  # segment 2
-        start += prefix + chosen + rejected
-    spans = np.array(spans)
-    queries = np.stack([spans[:, PROMPT] + spans[:, CHOSEN], spans[:, REJECTED]], 1).ravel()
-    key_counts = np.array([len(k) for k in keys])
-    long = lambda arrays: torch.from_numpy(np.concatenate(arrays).astype(np.int64))
-    cumulative = lambda counts: torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    mask = np.concatenate(scored)
-    return Batch(
-        long(inputs), long(targets), long(positions), long(owner), torch.from_numpy(spans.astype(np.int64)),
-        torch.tensor([part.sum() for part in scored]).view(-1, 3),
-        None if mask.all() else torch.from_numpy(mask.nonzero()[0]),
-        cumulative(queries), cumulative(key_counts), long(keys), int(queries.max()), int(key_counts.max()),
-    )
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    rows = []
+    for path in [path for source in sources for path in _files(os.fspath(source))]:
+        before, first_form = len(rows), None
+        bar = dict(desc=f"reading {Path(path).name}", unit=" rows", disable=not progress, leave=False)
+        for place, raw in tqdm(_raw_rows(path), **bar):
+            with where(path, place):
+                row, form = _explicit(raw, prompt_column)
+                first_form = first_form or form
+                refuse((form != first_form, f"has {form}, those before it {first_form}; a file has one form"))
+            row.place = f"{path}, {place}"
+            rows.append(row)
+        refuse((len(rows) == before, f"{path}: no rows in it"))
+    return rows
 
 
-def first_fit_decreasing(lengths, capacity):
-    """Indices of `lengths` grouped into bins of at most `capacity` in sum, longest first, each into the first bin with room."""
-    bins, room = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        assert lengths[i] <= capacity, "checked before training"
-        b = next((b for b, free in enumerate(room) if lengths[i] <= free), len(bins))
-        if b == len(bins):
-            bins.append([])
-            room.append(capacity)
-        bins[b].append(i)
-        room[b] -= lengths[i]
-    return bins
+def _files(source):
+    """The files of one --data value: a file itself, or those of one split of a directory or hub data set."""
+    if os.path.isfile(source):
+        return [source]
+    refuse((source.endswith(EXTENSIONS), f"{source}: no such file"))
+    name, _, split = (source, "", "") if os.path.isdir(source) else source.partition(":")
+    split = split or "train"
+    root = fetch(name, patterns=[f"*{split}*{extension}" for extension in EXTENSIONS], repo_type="dataset")
+    files = (path for path in Path(root).rglob("*") if path.name.endswith(EXTENSIONS))
+    found = [str(path.relative_to(root)) for path in sorted(files)]
+    # train-00000-of-00001.parquet, train.jsonl, train/0.parquet; not train_sft-00000..., another split
+    wanted = [path for path in found if re.search(rf"(^|[/_-]){re.escape(split)}([-./]|$)", path)]
+    refuse((not wanted, f"{source}: no files of split '{split}' among {found}; name one as {name}:SPLIT"))
+    return [os.path.join(root, path) for path in wanted]
 
 
-def spread(lengths, ranks):
-    """Indices of `lengths` dealt to `ranks`, longest first, each to the rank with the least so far: sums nearly equal."""
-    heap, shares = [(0, rank) for rank in range(ranks)], [[] for _ in range(ranks)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, rank = heapq.heappop(heap)
-        shares[rank].append(i)
-        heapq.heappush(heap, (total + int(lengths[i]), rank))
-    return shares
+def _raw_rows(path):
+    """("line 1" or "row 1", decoded object) of a .jsonl, .json (list or lines), gzipped or .parquet file."""
+    if path.endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    with where(path), (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        head = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte-order mark is not text
+        if head.startswith(b"["):
+            for number, row in enumerate(json.loads(file.read()), 1):
+                yield f"row {number}", row
+            return
+        for number in itertools.count(1):
+            with where(f"line {number}"):  # each by itself: what cannot be decoded is in this line
+                line = file.readline()
+                if not line:
+                    return
+                if line.strip():
+                    yield f"line {number}", json.loads(line)
 
 
-def make_packs(pairs, indices, max_tokens, *, rank=0, ranks=1, **options):
-    """The packs, of at most max_tokens positions each, in which this rank computes the pairs of one optimizer step."""
-    lengths = pairs.spans()[indices].sum(1) + 2 * options.get("feed_last", False)
-    mine = spread(lengths, ranks)[rank]
-    bins = first_fit_decreasing(lengths[mine], max_tokens)
-    return [pack([pairs[indices[mine[i]]] for i in members], **options) for members in bins]
+def _parquet_rows(path):
+    with where("reading parquet needs pyarrow (pip install pyarrow)"):
+        import pyarrow.parquet
+    with where(path):
+        file = pyarrow.parquet.ParquetFile(path)
+        wanted = [column.name for column in file.schema_arrow  # others may hold what Python cannot
+                  if column.name in COLUMNS or column.type in (pyarrow.string(), pyarrow.large_string())]
+        rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", row
 
 
-def epoch_order(count, seed, epoch):
-    """The order in which epoch number `epoch` takes `count` pairs: a function of seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def _explicit(raw, prompt_column):
+    """A decoded object -> Row, and which of the supported forms it had, in words."""
+    refuse((not isinstance(raw, dict), f"a JSON object is expected, not a {type(raw).__name__}"))
+    names = (name for name in (prompt_column, "prompt", "instruction") if raw.get(name) is not None)
+    column = next(names, None)
+    prompt, chosen, rejected, extra = map(_clean, map(raw.get, (column, "chosen", "rejected", "input")))
+    match kind_of(prompt), kind_of(chosen), kind_of(rejected):
+        case ("strings", "strings", "strings") | ("messages", "messages", "messages"):
+            if column == "instruction" and isinstance(prompt, str):
+                prompt = ALPACA.format(instruction=prompt, input=f"\n\n### Input:\n{extra}" if extra else "")
+        case "nothing", "strings", "strings":
+            prompt, chosen, rejected = _shared_text(chosen, rejected)
+        case "nothing" | "strings", "messages", "messages":
+            prompt, chosen, rejected = _shared_turns(prompt, chosen, rejected)
+        case _:
+            columns = ", ".join(f"{name}: {type(value).__name__}" for name, value in raw.items())
+            raise UserError("not a preference pair: chosen, rejected (and prompt, if they do not share it) as "
+                            f"strings, or all as lists of role/content messages; columns found: {columns}")
+    others = [name for name in raw if name not in COLUMNS and raw[name] and isinstance(raw[name], str | list)]
+    refuse((not prompt and not column and prompt_column != "none" and others,
+            f"chosen and rejected share no prompt; is it in --prompt_column {', '.join(others)} or none?"))
+    form = f"{kind_of(chosen)} with {f'the prompt in {column}' if column else 'a shared prompt'}"
+    return Row(prompt=prompt, chosen=chosen, rejected=rejected), form
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def kind_of(value):
+    """What a column holds: "strings" (one), "messages" (with a role and a content, both text), "nothing", or
+    None for anything else."""
+    def is_message(turn):
+        return isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+
+    if isinstance(value, list) and value and all(map(is_message, value)):
+        return "messages"
+    return {str: "strings", type(None): "nothing"}.get(type(value))
+
+
+def _clean(value):
+    """The value with text a tokenizer can take: lone surrogates in all that it holds become U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+
+
+def _shared_turns(prompt, chosen, rejected):
+    """Whole conversations -> prompt, chosen, rejected turns: the prompt is the run of turns they share (by
+    role and content), and a prompt given as text has to be in it; without a user's turn in it, that text
+    becomes one."""
+    said = [[(turn["role"], turn["content"].strip()) for turn in turns[:-1]] for turns in (chosen, rejected)]
+    shared = len(os.path.commonprefix(said))
+    turns = chosen[:shared]
+    if prompt and not any(prompt.strip() in turn["content"] for turn in turns):
+        refuse((any(turn["role"] == "user" for turn in turns), "its prompt is not among the shared turns"))
+        turns = [*turns, {"role": "user", "content": prompt}]
+    return turns, chosen[shared:], rejected[shared:]
+
+
+def _shared_text(chosen, rejected):
+    """Whole texts -> prompt, chosen, rejected: the prompt ends with the last shared "\\n\\nAssistant:" after
+    which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word boundary that both have."""
+    prompt = os.path.commonprefix([chosen, rejected])
+    turns = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", prompt)
+    words = re.match(r"(?s)(.*\s)?", prompt)[0].removesuffix(" ")  # that space is part of the next word
+    end = turns.end() if turns else len(words)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+# -----------------------------------------------------------------------------------------------------------
 # The demo: a task on which the difference between SFT and ORPO shows.
 
 
 def demo_tokenizer():
-    """A byte-level tokenizer: 256 bytes and an end-of-sequence token. Its chat template shows the last question alone."""
+    """A byte-level tokenizer: 256 bytes and EOS. Its chat template shows the last question alone."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend = _byte_level_bpe(vocab, [])
     backend.add_special_tokens(["<|endoftext|>"])
-    template = ("{% set last = messages[-2:] if messages[-1].role == 'assistant' else messages[-1:] %}"
-                "{% for m in last %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}")
+    template = ("{% for m in (messages[-2:] if messages[-1].role == 'assistant' else messages[-1:]) %}"
+                "{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}")
     return Tokenizer(backend, {"eos_token": "<|endoftext|>"}, chat_template=template)
 
 
 def demo_pairs(count, seed=0):
-    """`count` different questions about two numbers, as rows. The rejected answer is the chosen one with the numbers swapped:
-    it shares every word with it, so learning to write the chosen answer (SFT) makes the rejected one likelier too."""
+    """`count` different questions about two numbers, as rows. The rejected answer is the chosen one with the
+    numbers swapped: it shares every word with it, so learning to write the chosen answer (SFT) makes the
+    rejected one likelier."""
     rng = np.random.default_rng(seed)
     numbers = rng.permutation([(a, b) for a in range(10, 100) for b in range(10, 100) if a != b])[:count]
-    turn = lambda role, content: [{"role": role, "content": content}]
-    answer = lambda a, b: turn("assistant", f"{a} is larger than {b}.")
-    question = lambda a, b: turn("user", f"Which is larger, {a} or {b}?")
-    return [dict(prompt=question(a, b), chosen=answer(max(a, b), min(a, b)), rejected=answer(min(a, b), max(a, b))) for a, b in numbers.tolist()]
+    rows = []
+    for a, b in numbers.tolist():
+        question = {"role": "user", "content": f"Which is larger, {a} or {b}?"}
+        right, wrong = ({"role": "assistant", "content": f"{x} is larger than {y}."}
+                        for x, y in ((max(a, b), min(a, b)), (min(a, b), max(a, b))))
+        rows.append(Row(prompt=[question], chosen=[right], rejected=[wrong]))
+    return rows
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What the programs share: errors, files, flags.
+
+
+class UserError(Exception):
+    """Something the user can put right: UserError(reason, *places), one line that says where, what, and what
+    to do. Programs print it and exit."""
+
+    status = 1
+
+    def __str__(self):
+        reason, *places = map(str, self.args)
+        line = ", ".join(places) + ": " * bool(places) + reason
+        return "".join(c if c.isprintable() else " " for c in line)  # a stranger's text may hold escape codes
+
+
+class FlagError(UserError):
+    """A flag that is unknown, or whose value cannot be right."""
+
+    status = 2
+
+
+def refuse(*cases, kind=UserError):
+    """Raise the line of the first (condition, line) that holds."""
+    for wrong, line in cases:
+        if wrong:
+            raise kind(line)
+
+
+# What no file, library or flag raises but a mistake of ours does: these keep their tracebacks.
+OUR_OWN = AssertionError, NameError, NotImplementedError
+
+
+@contextmanager
+def where(*places):
+    """Whatever fails inside becomes a UserError at this place; nested places add up."""
+    try:
+        yield
+    except UserError as error:
+        error.args = error.args[0], *places, *error.args[1:]
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError, *OUR_OWN):
+        raise
+    except BaseException as error:  # not Exception alone: the panics of the tokenizers library are none
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(reason, *places) from error
+
+
+def run_program(name, main, memory_advice, explain=lambda error: ""):
+    """Run main(arguments) on the command line's arguments -> exit status. A user's error becomes one line,
+    as does any other for which explain(error) has one."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller
+            setattr(sys, stream, open(os.devnull, "w"))
+        getattr(sys, stream).reconfigure(errors="replace")  # an output encoding that lacks a character
+    try:
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        line = explain(error)
+        if isinstance(error, UserError | OSError):
+            line = str(error).replace("\n", " ")
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error):
+            line = f"the memory is full; {memory_advice}"
+        if "--debug" in sys.argv or not line:
+            raise
+        tqdm.write(f"{name}: {line}", file=sys.stderr)  # below a progress bar
+        return getattr(error, "status", 1)
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError inside after so long."""
+
+    def ring(*_):
+        raise TimeoutError(f"no end after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fetch(path_or_repo, revision=None, patterns=None, repo_type="model"):
+    """The local directory of a model or data set; a hub id is downloaded first, only the files that match
+    `patterns`. HF_HOME and HF_HUB_OFFLINE are respected. Raises UserError where there is neither."""
+    path, revision = os.fspath(path_or_repo), revision or None
+    if os.path.isdir(path):
+        return path
+    from huggingface_hub import snapshot_download
+
+    with where(path, "no directory here, and the hub did not give it"):
+        return snapshot_download(path, revision=revision, repo_type=repo_type, allow_patterns=patterns)
+
+
+def read_inside(directory, name):
+    """The bytes of a file in a model's directory, None without it. A stranger's link may not lead out of the
+    directory (a hub cache's lead to its own blobs), and what is no regular file is not read."""
+    path, root = Path(directory, name), Path(directory).resolve()
+    if not path.exists():
+        return None
+    real = path.resolve()
+    inside = real.is_relative_to(root) or real.parent == root.parent.parent / "blobs"
+    refuse((not (inside and real.is_file()), f"{path}: no regular file of its directory; put a copy there"))
+    return real.read_bytes()
+
+
+def parse_json(content, *places):
+    """The object in the bytes of a JSON file; {} for None."""
+    with where(*places):
+        value = {} if content is None else json.loads(content.decode("utf-8-sig"))
+        refuse((not isinstance(value, dict), f"a JSON object is expected, not a {type(value).__name__}"))
+    return value
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    with where(path):
+        return parse_json(Path(path).read_bytes())
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+ARGUMENTS = {  # the type of a flag: how argparse reads it
+    bool: dict(action=argparse.BooleanOptionalAction), list: dict(action="extend", nargs="+", metavar="NAME"),
+    int: dict(type=int, metavar="INT"), float: dict(type=float, metavar="FLOAT"), str: dict(metavar="TEXT")}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise FlagError(f"{message}; see python {self.prog} --help")
+
+
+def parse_flags(cls, arguments, description, ranges, elsewhere={}):
+    """Command line -> (an instance of the dataclass `cls`, the set of flags given). A field is a flag: its
+    comment is the help, a Literal its choices, None the default of what is decided later. A field `config`
+    names a JSON file of flags. ranges: {flag: (least, most)}.  elsewhere: {a flag's name in other programs:
+    what to say of it}."""
+    given = _given(cls, arguments, ranges, description, elsewhere)
+    if given.get("config"):
+        recorded = read_json(given["config"])
+        with where(given["config"]):
+            given = _given(cls, _as_arguments(recorded), ranges, elsewhere=elsewhere) | given
+    return cls(**given), set(given)
+
+
+def checked_flags(cls, values, ranges):
+    """An instance of `cls` from {flag: value}, of whatever origin; FlagError for what cannot be right."""
+    return cls(**_given(cls, _as_arguments(values), ranges))
+
+
+def _as_arguments(values):
+    """{flag: value} as a command line would have it, so that flags are checked in one way; None: not given."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}={item}" for item in (value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+def _given(cls, arguments, ranges, description="", elsewhere={}):
+    """{flag: value} of a command line."""
+    parser = _Parser(usage="%(prog)s [flags]", description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    for field in fields(cls):
+        choices, text = get_args(field.type), comments[field.name].replace("%", "%%")
+        text += f" (default: {field.default})" * (field.default not in (None, "", ()))
+        options = dict(choices=choices) if choices else ARGUMENTS[field.type]
+        if "yes" in choices:
+            options |= dict(nargs="?", const="yes")  # the flag alone means yes
+        parser.add_argument(f"--{field.name}", help=text, **options)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(name, [f"--{field.name}" for field in fields(cls)], 1)
+        hint = elsewhere.get(name.lstrip("-")) or (f"did you mean {close[0]}?" if close else "see --help")
+        raise FlagError(f"unknown flag {name}; {hint}")
+    for name, value in vars(known).items():
+        least, most = ranges.get(name, (0, 2**62))
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise FlagError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+    return vars(known)

@@ -1,8 +1,8 @@
-"""What the project promises, tested.  python -m pytest -q
+"""What the project promises, tested.  python -m pytest -q;  one part of it: python -m pytest -q -k "loss" (or data, model, train, sample)
 
-Tests against transformers and trl, or on ../shared/realdata, skip with a reason where those are missing; so do those that need a GPU.
+A test's name begins with its part. Tests against transformers, trl and peft, or on ../shared/realdata, skip with a reason where those are
+missing; so do those that need a GPU.
 """
-import ast
 import copy
 import dataclasses
 import functools
@@ -16,11 +16,10 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-import tokenize
 import tracemalloc
 from pathlib import Path
 
@@ -36,240 +35,26 @@ import model as model_module
 import orpo
 import sample
 import train
-from data import demo_tokenizer, encode_pair, epoch_order, first_fit_decreasing, make_packs, pack, Pairs, read_json, read_pairs, spread, tokenize_pairs, Tokenizer, UserError
-from model import _weight_files, Cache, Config, TargetLogps, Transformer, Tree
-from orpo import closed_form, log_odds, METRICS, odds_ratio_loss, orpo_loss, SMALLEST
+from data import Pairs, Tokenizer, UserError, demo_tokenizer, encode_pair, make_packs, pack, read_json, read_pairs, tokenize_pairs
+from model import Cache, Config, Packed, Transformer, target_logps
+from orpo import METRICS, SMALLEST, closed_form, log_odds, odds_ratio_loss, orpo_loss
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 REAL, MODELS = SHARED / "realdata", SHARED / "realdata" / "models"
 needs_shared = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/realdata")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 torch.set_num_threads(1)  # for tiny models the fastest, by far so where others share the cores
 
-
-def tiny_llama(**more):
-    """A decoder from random weights, small enough for anything."""
-    shape = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    return Transformer(Config.from_hf(shape | more)).initialise()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-
-LOGPS = [-1e4, -300.0, -20.0, -2.0, -0.6931472, -0.1, -1e-3, -1e-7, -1e-12, -1e-20, -1e-29, 0.0]
-
-
-def exact_log_odds(x):  # float64 with the stated clamp
-    x = torch.as_tensor(x, dtype=torch.float64).clamp(max=-SMALLEST)
-    return x - torch.log(-torch.expm1(x))
-
-
-@pytest.mark.parametrize("x", LOGPS)
-def test_log_odds_is_right_and_its_gradient_is_one_over_one_minus_p(x):
-    logps = torch.tensor(x, requires_grad=True)
-    value = log_odds(logps)
-    value.backward()
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), exact_log_odds(logps.detach()), rtol=1e-6, atol=2e-7)
-    torch.testing.assert_close(logps.grad.double(), 1 / -torch.expm1(logps.detach().double().clamp(max=-SMALLEST)), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("chosen", LOGPS)
-@pytest.mark.parametrize("rejected", LOGPS)
-def test_loss_and_gradient_are_finite_and_right_everywhere(chosen, rejected):
-    xs = [torch.tensor([x], requires_grad=True) for x in (chosen, rejected)]
-    loss = odds_ratio_loss(*xs)
-    gradients = torch.autograd.grad(loss.sum(), xs)
-    w, l = (exact_log_odds(x.detach()) for x in xs)
-    torch.testing.assert_close(loss.detach().double(), torch.nn.functional.softplus(l - w, threshold=30), rtol=1e-5, atol=1e-7)
-    delta = torch.sigmoid(l - w)  # Eq. 9
-    for gradient, x, sign in zip(gradients, xs, (-1, 1)):  # Eq. 10
-        expected = sign * delta / -torch.expm1(x.detach().double().clamp(max=-SMALLEST))
-        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-8)
-
-
-def test_half_precision_log_probabilities_are_scored_in_fp32():
-    assert log_odds(torch.tensor([-0.002], dtype=torch.bfloat16)).dtype == torch.float32
-    assert log_odds(torch.tensor([-0.002], dtype=torch.bfloat16)).isfinite().all()
-
-
-def test_gradient_towards_chosen_at_certainty_is_odds_of_rejected():
-    chosen, rejected = torch.tensor(0.0, requires_grad=True), torch.tensor(-2.0)
-    odds_ratio_loss(chosen, rejected).backward()
-    assert chosen.grad.item() == pytest.approx(-np.exp(-2) / (1 - np.exp(-2)), rel=1e-5)
-
-
-def test_peer_loses_what_we_keep_near_certainty():
-    """The README's row on log-odds near certainty: TRL's two-branch formula has a NaN gradient there."""
-    trainer = pytest.importorskip("trl.experimental.orpo.orpo_trainer", reason="trl is not installed")
-    for x in (-1e-8, 0.0):
-        theirs, ours = (torch.tensor(x, requires_grad=True) for _ in range(2))
-        (theirs - trainer.log1mexp(theirs)).backward()
-        log_odds(ours).backward()
-        assert theirs.grad.isnan() and ours.grad.isfinite()
-
-
-def some_pairs(count=6, vocab=50, seed=0):
-    rng = np.random.default_rng(seed)
-    return [tuple(rng.integers(vocab, size=rng.integers(low, 9)).tolist() for low in (1, 1, 1)) for _ in range(count)]
-
-
-@pytest.mark.parametrize("prompt_loss", [True, False])
-def test_orpo_loss_and_metrics_by_hand(prompt_loss):
-    pairs, beta = some_pairs(), 0.3
-    batch = pack(pairs, prompt_loss=prompt_loss)
-    logps = -torch.rand(len(batch.inputs), generator=torch.Generator().manual_seed(1))
-    if batch.scored is not None:
-        logps = torch.zeros_like(logps).index_copy(0, batch.scored, logps[batch.scored])
-    nll, tokens, rows, at = 0.0, 0, [], 0
-    for prompt, chosen, rejected in pairs:
-        parts = logps[at : at + len(prompt) - 1 + len(chosen) + len(rejected)].split([len(prompt) - 1, len(chosen), len(rejected)])
-        at += sum(map(len, parts))
-        nll -= parts[1].sum() + prompt_loss * parts[0].sum()
-        tokens += len(chosen) + prompt_loss * (len(prompt) - 1)
-        w, l = parts[1].mean(), parts[2].mean()
-        log_or = torch.log(w.exp() / (1 - w.exp())) - torch.log(l.exp() / (1 - l.exp()))
-        rows.append([torch.log(torch.sigmoid(log_or)), log_or, beta * w, beta * l, float(w > l), beta * (w - l), w, l])
-    means = torch.tensor(rows).mean(0)
-    loss, metrics = orpo_loss(logps, batch, beta, tokens, len(pairs))
-    expected = torch.cat([torch.stack([nll / tokens - beta * means[0], nll / tokens]), means])
-    torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
-    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
-
-
-def test_reward_accuracy_of_plain_sft():
-    """The README's row on beta 0: the rewards are all 0 then, the accuracy is that of the log-probabilities."""
-    batch = pack([([1, 2], [3], [4]), ([1], [2, 3], [5])])
-    logps = torch.tensor([-1.0, -0.5, -0.7, -0.2, -0.3, -0.1])  # wins, loses
-    metrics = dict(zip(METRICS, orpo_loss(logps, batch, 0.0, 4, 2)[1].tolist()))
-    assert metrics["rewards/accuracies"] == 0.5 and metrics["rewards/margins"] == 0 and metrics["loss"] == metrics["nll_loss"]
-
-
-def test_losses_of_packs_add_up_to_the_loss_of_the_step():
-    pairs = some_pairs(9)
-    tokens = sum(len(p) - 1 + len(c) for p, c, _ in pairs)
-    model = tiny_llama()
-
-    def total(groups):
-        model.zero_grad()
-        losses = []
-        for group in groups:
-            batch = pack([pairs[i] for i in group])
-            loss, metrics = orpo_loss(model(batch), batch, 0.5, tokens, len(pairs))
-            loss.backward()
-            losses.append(metrics)
-        return torch.stack(losses).sum(0), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    whole, gradient = total([range(9)])
-    for groups in ([[0], [1, 2, 3], [4, 5, 6, 7, 8]], [[8, 0, 4], [1, 7], [2, 3, 5, 6]]):
-        sums, other = total(groups)
-        torch.testing.assert_close(sums, whole, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_gradient_check_program():
-    done = subprocess.run([sys.executable, HERE / "orpo.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "delta upside down" in done.stdout and "DISAGREES" not in done.stdout and "MUST NOT" not in done.stdout
-
-
-def test_gradient_check_fails_when_it_should(monkeypatch, capsys):
-    for wrong in (lambda w, l: [x * 1.001 for x in closed_form(w, l)], lambda w, l: [-x for x in closed_form(w, l)]):
-        monkeypatch.setattr(orpo, "closed_form", wrong)
-        assert orpo.main() == 1
-    capsys.readouterr()
-
-
-def test_spread_of_the_ratios_is_the_papers():
-    assert orpo.ratio_spread() == pytest.approx([0.28, 1.41, 2.57], abs=0.02)  # Figure 6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a GPU (skipped elsewhere)
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@needs_gpu
-@pytest.mark.parametrize("more", [[], ["--compile"], ["--gradient_checkpointing"]])
-def test_training_on_a_gpu(tmp_path, more):
-    out = tmp_path / "out"
-    done = subprocess.run([sys.executable, HERE / "train.py", "--output_dir", out, "--max_steps", "60", "--logging_steps", "20", *more], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The README
-
-README = (HERE / "README.md").read_text(encoding="utf-8")
-
-
-def code_lines(path):
-    """Lines with code: no blank lines, comments or docstrings."""
-    text, lines = path.read_text(encoding="utf-8"), set()
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER)
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in layout:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node) is not None:
-            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
-
-
-@pytest.mark.parametrize("module", ["data", "model", "orpo", "train", "sample"])
-def test_readme_counts_the_lines(module):
-    stated = re.search(rf"\| `{module}.py` \|.*\| (\d+) \|", README)
-    assert int(stated[1]) == code_lines(HERE / f"{module}.py")
-
-
-def test_readme_quotes_the_code():
-    quoted = re.findall(r"^\| \([\d, ]+\) \|.*\| `(.+)` \|$", README, re.M)
-    assert len(quoted) == 6
-    source = (HERE / "orpo.py").read_text(encoding="utf-8")
-    assert [line for line in quoted if line not in source] == []
-
-
-def test_readme_flags_and_files_exist():
-    known = {f"--{field.name}" for field in dataclasses.fields(train.Flags)} | {"--no-prompt_loss", "--help"}
-    known |= set(re.findall(r'"(--\w+)"', (HERE / "sample.py").read_text() + (HERE / "assets/figures.py").read_text()))
-    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
-    assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known) == []
-    assert [file for file in re.findall(r"\]\((assets/[\w.]+)\)", README) if not (HERE / file).exists()] == []
-    assert sorted(path.name for path in HERE.glob("*.*") if path.is_file() and not path.name.startswith(".")) == sorted(
-        ["README.md", "requirements.txt", "model.py", "data.py", "orpo.py", "train.py", "sample.py", "test_orpo.py"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers
-
 EOS, BOS = 256, 257  # of byte_tokenizer, whose other ids are one to a byte
-
-
-def byte_tokenizer(*, post_processor=False, adds_bos=False, bos=True, template=None):
-    backend = demo_tokenizer().backend
-    backend.add_special_tokens(["<s>"])
-    if post_processor:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"} | ({"bos_token": "<s>"} if bos else {})
-    return Tokenizer(backend, specials, adds_bos, template)
-
-
-@functools.lru_cache(maxsize=None)
-def real_tokenizer(name):
-    return Tokenizer.from_pretrained(REAL / name)
-
-
-@functools.lru_cache(maxsize=None)
-def real_rows(name):
-    return read_pairs(REAL / "pref" / name)
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 
 
 def put(path, content):
-    """Write bytes, text, or objects as JSON lines; returns the path as a string."""
+    """Write bytes, text, a dict as JSON, or a list of objects as JSON lines; returns the path as a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        content = json.dumps(content)
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -288,956 +73,17 @@ def assistant(text):
     return turn("assistant", text)
 
 
-PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers against transformers
-
-TOKENIZERS = ["models/slm4096-gpt2", "models/stories260K"] + [f"tokenizers/{name}" for name in ("gpt2", "minimind3", "phi3", "qwen2.5", "smollm")]
-TEXTS = [
-    "  Héllo naïve café e\u0301 ﬁ İ Å — 你好，世界！日本語テスト 한국어 🙂👩‍👩‍👧 \u00a0nbsp\u200b\u3000",
-    "\n\n\nline\r\n\ttab   long          spaces   \n def f(x):\n    return x**2  it's WE'LL 12345 x1 ½①٣   ",
-    " spaces   5   67 before digits\n\n  8",
-    "<|endoftext|> <|im_start|>user\n<|im_end|> <s>a</s> </s>  y<|user|> \n hi<|end|>\n <unk>[PAD]<pad><tool_call> <think>▁▁<0x0A>",
-    "",
-]
-
-
-@needs_shared
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizers_encode_as_transformers(name):
-    transformers = pytest.importorskip("transformers")
-    ours, theirs = real_tokenizer(name), transformers.AutoTokenizer.from_pretrained(REAL / name)
-    if name == "tokenizers/smollm":
-        # transformers 5 builds its GPT2Tokenizer class from the vocabulary and merges alone, and so loses the Digits splitter of
-        # this tokenizer.json, with which the model was trained. The file is right: so did transformers 4, and so do we.
-        assert "Digits" in str(ours.backend.pre_tokenizer)
-        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(REAL / name / "tokenizer.json"))
-    for text in TEXTS:
-        ids = theirs(text, add_special_tokens=False, truncation=False, padding=False).input_ids
-        assert ours.encode(text) == ids
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-@needs_shared
-@pytest.mark.parametrize("name, files", [
-    ("gpt2", ["vocab.json", "merges.txt", "config.json"]),
-    ("smollm", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]),
-])
-def test_vocab_and_merges_alone_encode_as_transformers(name, files, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    for file in files:
-        os.symlink(REAL / "tokenizers" / name / file, tmp_path / file)
-    ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (ours.eos_id, ours.adds_bos) == (theirs.eos_token_id, False)
-    for text in TEXTS:
-        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
-
-
-@needs_shared
-def test_opt_like_tokenizer(tmp_path):
-    """No tokenizer.json, add_bos_token, BOS = EOS, a pad token that only special_tokens_map.json names."""
-    transformers = pytest.importorskip("transformers")
-    words = [w for w in json.loads((REAL / "tokenizers/gpt2/vocab.json").read_text()) if w != "<|endoftext|>"]
-    put(tmp_path / "vocab.json", json.dumps({w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}))
-    os.symlink(REAL / "tokenizers/gpt2/merges.txt", tmp_path / "merges.txt")
-    end = {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "__type": "AddedToken"}
-    put(tmp_path / "tokenizer_config.json", json.dumps({"bos_token": end, "eos_token": end, "unk_token": end, "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}))
-    put(tmp_path / "special_tokens_map.json", json.dumps({"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}))
-    ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "a <pad></s> b <s>é"
-    assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
-    assert ours.adds_bos and ours.bos_id == ours.eos_id == 2 and theirs("a").input_ids[0] == 2
-
-
-@needs_shared
-def test_truncation_and_padding_in_a_tokenizer_file_are_switched_off():
-    assert len(real_tokenizer("tokenizers/smollm").encode("a b " * 500)) > 900
-    assert len(real_tokenizer("tokenizers/smollm").encode("a")) == 1
-
-
-@needs_shared
-@pytest.mark.parametrize("post_processor", [True, False])
-@pytest.mark.parametrize("setting", [None, False, True])
-def test_bos_where_the_tokenizer_itself_puts_one(post_processor, setting, tmp_path):
-    """Its post-processor, which add_bos_token false does not switch off (nor in transformers 5), or add_bos_token true."""
-    file = json.loads((REAL / "models/stories260K/tokenizer.json").read_text())
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizerFast"} | ({} if setting is None else {"add_bos_token": setting})
-    put(tmp_path / "tokenizer.json", json.dumps(file if post_processor else file | {"post_processor": None}))
-    put(tmp_path / "tokenizer_config.json", json.dumps(settings))
-    assert Tokenizer.from_pretrained(tmp_path).adds_bos == bool(post_processor or setting)
-    if not (setting and not post_processor):  # there transformers 5 ignores the setting, transformers 4 and we follow it
-        transformers = pytest.importorskip("transformers")
-        assert (transformers.AutoTokenizer.from_pretrained(tmp_path)("a").input_ids[0] == 1) == post_processor
-
-
-@needs_shared
-@pytest.mark.parametrize("name, eos, bos, adds_bos, template", [
-    ("models/slm4096-gpt2", 0, 0, False, False), ("models/stories260K", 2, 1, True, False), ("tokenizers/gpt2", 50256, 50256, False, False),
-    ("tokenizers/minimind3", 2, 1, False, True), ("tokenizers/phi3", 32000, 1, False, True), ("tokenizers/qwen2.5", 151643, None, False, True),
-    ("tokenizers/smollm", 0, 0, False, False),
-])
-def test_special_tokens_of_real_tokenizers(name, eos, bos, adds_bos, template):
-    tok = real_tokenizer(name)
-    assert (tok.eos_id, tok.bos_id, tok.adds_bos, tok.has_template) == (eos, bos, adds_bos, template)
-
-
-@needs_shared
-@pytest.mark.parametrize("name, stops", [("tokenizers/qwen2.5", {151643, 151645}), ("tokenizers/minimind3", {2}), ("tokenizers/phi3", {32000, 32007}), ("models/stories260K", {2})])
-def test_stop_ids_include_what_closes_a_turn(name, stops):
-    assert real_tokenizer(name).stop_ids() == stops
-
-
-@needs_shared
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_saved_tokenizer_is_the_same(name, tmp_path):
-    tok = real_tokenizer(name)
-    tok.save_pretrained(tmp_path)
-    again = Tokenizer.from_pretrained(tmp_path)
-    again.save_pretrained(tmp_path)  # onto itself: must not empty the files
-    again = Tokenizer.from_pretrained(tmp_path)
-    assert again.encode(TEXTS[0]) == tok.encode(TEXTS[0]) and again.chat_template == tok.chat_template
-
-
-def test_a_tokenizer_made_here_is_saved_whole(tmp_path):
-    tok = demo_tokenizer()
-    tok.save_pretrained(tmp_path)
-    again = Tokenizer.from_pretrained(tmp_path)
-    assert again.eos_id == tok.eos_id and again.encode(TEXTS[0]) == tok.encode(TEXTS[0]) and again.chat_template == tok.chat_template
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat templates against transformers
-
-TEMPLATES = ["chatml.json", "cohere.jinja", "gemma.jinja", "llama2.json", "llama3.jinja", "llama3_1.jinja", "mistral.json", "phi3.5.json", "phi3.jinja",
-             "qwen2_5.jinja", "qwen2_5_training.jinja", "qwen3.jinja"]
-SYSTEM, U1, A1, U2, A2 = turn("system", " Be brief. "), user("Hi <b>&amp;</b> 'q' \"d\"\n"), assistant("  Hello!\n"), user("你好 é 🙂"), assistant("日本語\n\n<think>\nhm\n</think>\n\nbien sûr </s>")
-CALL = turn("assistant", "", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"città": "<Zürich>", "n": [1, None]}}}])
-CONVERSATIONS = {
-    "one turn": [U1], "answered": [U1, A1], "multi-turn": [U1, A1, U2, A2], "asked again": [U1, A1, U2],
-    "system": [SYSTEM, U1], "system answered": [SYSTEM, U1, A1], "system multi-turn": [SYSTEM, U1, A1, U2, A2],
-    "two users": [U1, U2], "assistant first": [A1, U1], "system twice": [SYSTEM, U1, A1, SYSTEM, U2], "system alone": [SYSTEM],
-    "empty content": [user(""), assistant("")], "unknown role": [turn("critic", "x"), A1], "reasoning": [U1, assistant("4") | {"reasoning_content": "2+2\n"}],
-    "tool call": [U1, CALL, turn("tool", "21°"), A1], "null keys": [U1 | {"tool_calls": None}, A1 | {"tool_calls": None, "name": None}],
-}
-SMALL_TEMPLATES = {  # one feature each
-    "generation tag": "{% for m in messages %}{% set x = m.role %}{% generation %}{{ m.content }}{% set x = 'inner' %}{{ x }}{% endgeneration %}{{ x }}{{ loop.index }}\n{% endfor %}",
-    "generation tag trims": "{%- for m in messages %}\n  {%- generation -%}\n  {{ m.content }}  \n  {%- endgeneration -%}\n  {% endfor %}",
-    "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}",
-    "tojson": "{{ messages[0] | tojson }}{{ messages[0] | tojson(indent=2) }}{{ {'b': '<é>', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
-    "strftime_now": "{{ strftime_now('%Y') }}{{ strftime_now(format='%d %b') }}",
-    "special tokens": "{{ bos_token }}|{{ eos_token }}|{{ pad_token is defined }}|{{ pad_token }}",
-    "no tools": "{{ tools is none }}{{ documents is none }}{{ tools is defined }}{{ add_generation_prompt }}{{ custom is defined }}",
-    "blocks trimmed": "  {% if true %}\n  a\n    {% endif %}\n{{ 'b' }}\n{# comment #}\nc\n",
-    "raises": "{{ raise_exception('refused: ' + messages[0].role) }}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ dict(a=1).a }}",
-    "broken": "{% for m in messages %}{{ m.content }}",
-    "undefined attribute": "{{ messages[0].nothing.more }}",
-}
-
-
-def check_template(source):
-    """Ours and transformers' rendering of `source` agree on every conversation, exceptions included."""
-    transformers = pytest.importorskip("transformers")
-    ours = byte_tokenizer(template=source)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    rendered = 0
-    for name, messages in CONVERSATIONS.items():
-        for generation in (False, True):
-            try:
-                expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=generation)
-            except Exception as error:
-                with pytest.raises(UserError, match=re.escape(str(error)[:40])):
-                    ours.apply_chat_template(messages, generation)
-            else:
-                assert ours.apply_chat_template(messages, generation) == expected, (name, generation)
-                rendered += 1
-    return rendered
-
-
-@needs_shared
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_real_templates_render_as_transformers(name):
-    source = (REAL / "chat_templates" / name).read_text(encoding="utf-8")
-    assert check_template(json.loads(source)["chat_template"] if name.endswith(".json") else source) >= 8
-
-
-@pytest.mark.parametrize("name", SMALL_TEMPLATES)
-def test_template_features_render_as_transformers(name):
-    check_template(SMALL_TEMPLATES[name])
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["tokenizers/minimind3", "tokenizers/phi3", "tokenizers/qwen2.5"])
-def test_tokenizers_with_a_template_render_as_transformers(name):
-    transformers = pytest.importorskip("transformers")
-    ours, theirs = real_tokenizer(name), transformers.AutoTokenizer.from_pretrained(REAL / name)
-    theirs.eos_token = ours.specials["eos_token"]  # the phi3 directory has no tokenizer_config.json: we take EOS from config.json
-    for row in real_rows("orca.conv_explicit.jsonl")[:40] + real_rows("dpo_en_demo.conv_explicit.jsonl")[:40]:
-        for messages, generation in [(row["prompt"], True), (row["prompt"] + row["chosen"], False)]:
-            assert ours.apply_chat_template(messages, generation) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-
-
-def tokenizer_directory(directory, template_file=None, **settings):
-    demo_tokenizer().save_pretrained(directory)
-    put(directory / "tokenizer_config.json", json.dumps({"eos_token": "<|endoftext|>", **settings}))
-    if template_file is not None:
-        put(directory / "chat_template.jinja", template_file)
-    return Tokenizer.from_pretrained(directory)
-
-
-def test_null_special_tokens_are_undefined_to_a_template(tmp_path):
-    put(tmp_path / "config.json", json.dumps({"bos_token_id": 5}))
-    tok = tokenizer_directory(tmp_path, bos_token=None, pad_token=None, chat_template="{{ bos_token is defined }} {{ pad_token is defined }} {{ eos_token }}")
-    assert tok.apply_chat_template([U1]) == "False False <|endoftext|>"
-    assert tok.bos_id is None
-
-
-@pytest.mark.parametrize("settings, file, expected", [
-    ({"chat_template": "config"}, None, "config"),
-    ({"chat_template": "config"}, "file", "file"),
-    ({"chat_template": [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]}, None, "named"),
-])
-def test_where_the_template_comes_from(settings, file, expected, tmp_path):
-    tok = tokenizer_directory(tmp_path, file, **settings)
-    assert tok.has_template and tok.apply_chat_template([U1]) == expected
-
-
-def test_default_template_is_the_authors(tmp_path):
-    tok = tokenizer_directory(tmp_path)
-    assert not tok.has_template
-    assert tok.apply_chat_template([user("q")], True) == "<|user|>\nq<|endoftext|>\n<|assistant|>\n"
-    row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
-    assert [tok.decode(part) for part in encode_pair(row, tok)][1:] == ["a<|endoftext|>", "b<|endoftext|>"]
-
-
-@pytest.mark.parametrize("attack", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ raise_exception.__globals__['__builtins__'].open('/etc/passwd').read() }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(messages).x }}",
-    "{{ (messages | attr('append'))(1) }}",
-    "{{ messages.clear() }}",
-    "{{ messages[0].update({'content': 'changed'}) }}",
-    "{{ dict.update(messages[0], {'content': 'changed'}) }}",
-    "{% for i in range(1000000000) %}{% endfor %}",
-    "{% include '/etc/passwd' %}",
-    "{{ self.__init__.__globals__.os }}",
-])
-def test_templates_cannot_leave_the_sandbox(attack):
-    messages = [user("q")]
-    with pytest.raises(UserError, match="chat template"):
-        byte_tokenizer(template=attack).apply_chat_template(messages)
-    assert messages == [user("q")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-
-HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: who\n\nAssistant:"
-TALK = [turn("system", "s"), user("q"), assistant("a"), user("q2")]
-FORMS = {  # name: a row as people have it, the row as read_pairs gives it
-    "strings": (PAIR, PAIR),
-    "more columns": (PAIR | {"score": 1.5, "id": None, "messages": ["x"]}, PAIR),
-    "messages": ({"prompt": TALK, "chosen": [assistant("good")], "rejected": [assistant("bad")]},) * 2,
-    "shared turns": ({"chosen": TALK + [assistant("good")], "rejected": TALK + [assistant("bad")]}, {"prompt": TALK, "chosen": [assistant("good")], "rejected": [assistant("bad")]}),
-    "equal conversations": ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("a")]}),
-    "one continues the other": ({"chosen": [user("q"), assistant("a"), user("r")], "rejected": [user("q"), assistant("a")]},
-                                {"prompt": [user("q")], "chosen": [assistant("a"), user("r")], "rejected": [assistant("a")]}),
-    "several turns to answer": ({"chosen": [user("q"), assistant("a"), user("r"), assistant("b")], "rejected": [user("q"), assistant("c")]},
-                                {"prompt": [user("q")], "chosen": [assistant("a"), user("r"), assistant("b")], "rejected": [assistant("c")]}),
-    "ultrafeedback": ({"prompt": "q", "prompt_id": "0", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")], "score_chosen": 9.0},
-                      {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}),
-    "prompt not repeated": ({"prompt": "q", "chosen": [assistant("good")], "rejected": [assistant("bad")]}, {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}),
-    "HH": ({"chosen": HH + " me", "rejected": HH + " my dog"}, {"prompt": HH, "chosen": " me", "rejected": " my dog"}),
-    "HH, an earlier turn differs": ({"chosen": HH + " me", "rejected": HH.replace("yes", "no") + " me"},
-                                    {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes?\n\nHuman: who\n\nAssistant: me", "rejected": " no?\n\nHuman: who\n\nAssistant: me"}),
-    "shared words": ({"chosen": "What is it? A cat", "rejected": "What is it? A car"}, {"prompt": "What is it? A", "chosen": " cat", "rejected": " car"}),
-    "shared lines": ({"chosen": "Q: 2+2?\nFour", "rejected": "Q: 2+2?\nFive"}, {"prompt": "Q: 2+2?\n", "chosen": "Four", "rejected": "Five"}),
-    "nothing shared": ({"chosen": "abc d", "rejected": "abx d"}, {"prompt": "", "chosen": "abc d", "rejected": "abx d"}),
-    "null prompt": ({"prompt": None, "instruction": None, "chosen": "x y", "rejected": "x z"}, {"prompt": "x", "chosen": " y", "rejected": " z"}),
-    "alpaca": ({"instruction": "Do {it}.", "input": "", "output": "o", "chosen": "good", "rejected": "bad"},
-               {"prompt": data.ALPACA.format(instruction="Do {it}.", input=""), "chosen": "good", "rejected": "bad"}),
-    "alpaca with input": ({"instruction": "Do it.", "input": "in", "chosen": "good", "rejected": "bad"},
-                          {"prompt": data.ALPACA.format(instruction="Do it.", input="\n\n### Input:\nin"), "chosen": "good", "rejected": "bad"}),
-}
-
-
-def write_table(directory, kind, rows):
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / "a.parquet")
-        return directory / "a.parquet"
-    name, content = {
-        "jsonl": ("a.jsonl", lines.encode()), "jsonl.gz": ("a.jsonl.gz", gzip.compress(lines.encode())), "json list": ("a.json", json.dumps(rows, indent=1).encode()),
-        "json lines": ("a.json", lines.encode()), "BOM": ("a.jsonl", lines.encode("utf-8-sig")), "BOM list": ("a.json", json.dumps(rows).encode("utf-8-sig")),
-        "CRLF": ("a.jsonl", lines.replace("\n", "\r\n").encode()), "blank lines": ("a.jsonl", ("\n \r\n" + lines.replace("\n", "\n\n\t\n")).encode()), "no newline": ("a.jsonl", lines.strip().encode()),
-    }[kind]
-    return put(directory / name, content)
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json list", "json lines", "parquet", "BOM", "BOM list", "CRLF", "blank lines", "no newline"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_in_every_file(form, kind, tmp_path):
-    row, expected = FORMS[form]
-    assert read_pairs(write_table(tmp_path, kind, [row, row])) == [expected, expected]
-
-
-def test_several_sources_in_their_order(tmp_path):
-    files = [put(tmp_path / f"{i}.jsonl", [PAIR | {"chosen": f"good {i}"}]) for i in range(3)]
-    assert [row["chosen"] for row in read_pairs(files[::-1])] == ["good 2", "good 1", "good 0"]
-
-
-@pytest.mark.parametrize("split, expected", [("", ["a", "b", "c"]), (":train", ["a", "b", "c"]), (":test", ["t"]), (":train_sft", ["s"])])
-def test_the_split_of_a_directory(split, expected, tmp_path):
-    for name, mark in [("data/train-00000-of-00002.jsonl", "a"), ("data/train-00001-of-00002.jsonl", "b"), ("train.jsonl", "c"), ("test.json", "t"), ("data/train_sft-00000-of-00001.jsonl", "s")]:
-        put(tmp_path / "12:00" / name, [PAIR | {"chosen": mark}])
-    put(tmp_path / "12:00" / "train.txt", "not data")
-    if split:
-        os.rename(tmp_path / "12:00", tmp_path / "plain")
-    assert [row["chosen"] for row in read_pairs(f"{tmp_path / ('plain' if split else '12:00')}{split}")] == expected
-
-
-@needs_shared
-def test_derived_files_agree_with_what_they_derive_from():
-    assert real_rows("orca.conv_explicit.jsonl") == real_rows("orca.conv_implicit.jsonl")
-    strings, alpaca = real_rows("rasbt_alpaca.standard_explicit.jsonl"), real_rows("rasbt_instruction_preference.json")
-    assert [row | {"prompt": row["prompt"].replace("\n\n### Input:\n", "\n\n")} for row in alpaca] == strings  # derived without that header
-    without_system = [row | {"prompt": row["prompt"][1:]} if row["prompt"][0]["role"] == "system" else row for row in real_rows("orca.conv_explicit.jsonl")]
-    assert real_rows("orca.ultrafeedback_shape.jsonl") == without_system
-
-
-@needs_shared
-def test_hh_prompts_end_where_the_assistant_speaks():
-    for row, line in zip(real_rows("hh_harmless_test.jsonl.gz"), gzip.open(REAL / "pref/hh_harmless_test.jsonl.gz", "rt", encoding="utf-8"), strict=True):
-        assert row["prompt"].endswith("\n\nAssistant:") and json.loads(line)["chosen"] == row["prompt"] + row["chosen"] and json.loads(line)["rejected"] == row["prompt"] + row["rejected"]
-        assert "\n\nAssistant:" not in os.path.commonprefix([row["chosen"], row["rejected"]])
-
-
-@pytest.mark.parametrize("row, expected", [
-    ({"prompt": "p\ud800", "chosen": "\udfffc", "rejected": "r \U0001F642"}, {"prompt": "p\ufffd", "chosen": "\ufffdc", "rejected": "r \U0001F642"}),
-    ({"prompt": [user("p\ud800")], "chosen": [turn("assistant", "c", x={"\ud800": ["\udfff"]})], "rejected": [assistant("r \U0001F642")]},
-     {"prompt": [user("p\ufffd")], "chosen": [turn("assistant", "c", x={"\ufffd": ["\ufffd"]})], "rejected": [assistant("r \U0001F642")]}),
-])
-def test_lone_surrogates_become_replacement_characters(row, expected, tmp_path):
-    """The emoji is written \\ud83d\\ude42 in the file: a pair, which stays what it is."""
-    rows = read_pairs(put(tmp_path / "a.jsonl", [row]))
-    assert rows == [expected] and len(tokenize_pairs(rows, byte_tokenizer())) == 1
-
-
-def test_parquet_fills_messages_with_nulls_that_templates_do_not_see(tmp_path):
-    template = "{% for m in messages %}{{ 'name' in m }} {% endfor %}"
-    rows = read_pairs(write_table(tmp_path, "parquet", [{"chosen": [turn("user", "q", name="n"), assistant("a")], "rejected": [turn("user", "q", name="n"), assistant("b")]}]))
-    assert rows[0]["chosen"][0]["name"] is None and byte_tokenizer(template=template).apply_chat_template(rows[0]["prompt"] + rows[0]["chosen"]) == "True False "
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ids: BOS, EOS, the boundary, truncation
-
-TURNS = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% if m.role == 'assistant' %}CLOSE{% endif %}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
-
-
 def conversation(chosen="good", rejected="bad", prompt="q"):
     return {"prompt": [user(prompt)], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
 
 
-@pytest.mark.parametrize("close, expected", [
-    ("", "good<|endoftext|>"),
-    ("{{ eos_token }}", "good<|endoftext|>"),
-    ("{{ eos_token }}\n", "good<|endoftext|>"),
-    ("{{ eos_token + ' \n\n' }}", "good<|endoftext|>"),
-    ("{{ eos_token + '\n' + eos_token }}", "good<|endoftext|>"),
-    ("</turn>\n", "good</turn>\n<|endoftext|>"),
-    ("{{ eos_token + '</turn>' }}", "good<|endoftext|></turn><|endoftext|>"),
-])
-@pytest.mark.parametrize("content", ["good", "good<|endoftext|>"])
-def test_a_response_ends_in_eos_exactly_once(content, close, expected):
-    tok = byte_tokenizer(template=TURNS.replace("CLOSE", close))  # its pad token is EOS, too
-    if content != "good" and "</turn>" in close:
-        expected = expected.replace("good", content, 1)  # there EOS inside the turn is text
-    prompt, chosen, rejected = encode_pair(conversation(content), tok)
-    assert (tok.decode(prompt), tok.decode(chosen)) == ("[u]q[a]", expected)
-    assert chosen[-1] == rejected[-1] == EOS != chosen[-2]
-
-
-@pytest.mark.parametrize("text, expected", [("a", "a"), ("a<|endoftext|>", "a"), ("a<|endoftext|>\n", "a"), ("a \n", "a \n"), ("a<|endoftext|>b", "a<|endoftext|>b"), ("a<|endoftext|><|endoftext|>", "a")])
-def test_string_responses_end_in_eos_exactly_once(text, expected):
-    tok = byte_tokenizer()
-    assert tok.decode(encode_pair(PAIR | {"chosen": text}, tok)[1]) == expected + "<|endoftext|>"
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["tokenizers/minimind3", "tokenizers/phi3", "tokenizers/qwen2.5"])
-def test_real_templates_end_in_eos_exactly_once(name):
-    tok = real_tokenizer(name)
-    for row in real_rows("orca.conv_explicit.jsonl")[:30]:
-        for response in encode_pair(row, tok, max_length=10**6)[1:]:
-            assert response[-1] == tok.eos_id and response.count(tok.eos_id) == 1
-
-
-@pytest.mark.parametrize("options, text, expected", [
-    (dict(), "", "abc"), (dict(post_processor=True), "", "<s>abc"), (dict(adds_bos=True), "", "<s>abc"),
-    (dict(post_processor=True), "<s>", "<s>abc"), (dict(adds_bos=True), "<s>", "<s>abc"), (dict(), "<s>", "<s>abc"),
-    (dict(adds_bos=True, bos=False), "", "abc"),
-])
-@pytest.mark.parametrize("conversational", [False, True])
-def test_bos_stands_first_exactly_once(options, text, expected, conversational):
-    """`text` is what the data or the template has written already."""
-    tok = byte_tokenizer(template=text + "{% for m in messages %}{{ m.content }}{% endfor %}", **options)
-    row = conversation(prompt="abc") if conversational else PAIR | {"prompt": text + "abc"}
-    prompt, chosen, rejected = encode_pair(row, tok)
-    assert tok.decode(prompt) == expected and BOS not in prompt[1:] + chosen + rejected
-
-
-@pytest.mark.parametrize("options, text", [(dict(post_processor=True), ""), (dict(post_processor=True), "<s>"), (dict(), "<s>")])
-@pytest.mark.parametrize("mode, kept", [("keep_end", "789"), ("keep_start", "012")])
-def test_bos_stays_first_when_the_prompt_is_cut(options, text, mode, kept):
-    tok = byte_tokenizer(**options)
-    row = {"prompt": text + "0123456789", "chosen": "good", "rejected": "a longer answer"}
-    prompt, chosen, rejected = encode_pair(row, tok, max_length=9, max_prompt_length=4, truncation_mode=mode)
-    assert [tok.decode(part) for part in (prompt, chosen, rejected)] == ["<s>" + kept, "good<|endoftext|>", "a lon"]
-
-
-@pytest.mark.parametrize("options, first", [(dict(post_processor=True), BOS), (dict(), BOS), (dict(bos=False), EOS)])
-def test_an_empty_prompt_opens_with_bos_or_eos(options, first):
-    assert encode_pair({"prompt": "", "chosen": "a", "rejected": "b"}, byte_tokenizer(**options)) == ([first], [*byte_tokenizer().encode("a"), EOS], [*byte_tokenizer().encode("b"), EOS])
-
-
-def test_a_conversation_without_prompt_has_one_bos():
-    tok = byte_tokenizer(post_processor=True, template="{{ bos_token }}" + TURNS.replace("CLOSE", ""))
-    prompt, chosen, rejected = encode_pair({"prompt": [], "chosen": [assistant("good")], "rejected": [assistant("bad")]}, tok)
-    assert (tok.decode(prompt), tok.decode(chosen), tok.decode(rejected)) == ("<s>", "[a]good<|endoftext|>", "[a]bad<|endoftext|>")
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["tokenizers/gpt2", "models/stories260K", "tokenizers/phi3", "tokenizers/qwen2.5"])
-@pytest.mark.parametrize("prompt, chosen, rejected", [("Hello wor", "ld one", "k two"), ("Once upon a ti", "me", "red"), ("x \n", "\n\ny", "  z"), ("The A", "", "B"), ("the end ", " of", "of")])
-def test_the_prompt_is_the_longest_common_prefix_of_the_three_encodings(name, prompt, chosen, rejected):
-    tok = real_tokenizer(name)
-    p, c, r = encode_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, tok)
-    p = p[tok.adds_bos :]
-    three = [tok.encode(text) for text in (prompt, prompt + chosen, prompt + rejected)]
-    for response, full in zip((c, r), three[1:]):
-        assert p + response == full + [tok.eos_id] * (len(full) > len(p))
-    assert p == three[0][: len(p)] and len({tuple(full[: len(p) + 1]) for full in three}) > 1
-
-
-@needs_shared
-def test_a_merge_across_the_boundary_goes_to_the_response():
-    tok = real_tokenizer("tokenizers/gpt2")
-    parts = encode_pair({"prompt": "Hello wor", "chosen": "ld", "rejected": "k"}, tok)
-    assert [tok.decode(part) for part in parts] == ["Hello", " world<|endoftext|>", " work<|endoftext|>"]
-
-
-def test_a_template_that_is_not_prefix_stable():
-    """The generation prompt opens a thought that the full conversation does not have (DeepSeek): the prompt ends where they part."""
-    tok = byte_tokenizer(template="{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]<think>{% endif %}")
-    assert [tok.decode(part) for part in encode_pair(conversation(), tok)] == ["[u]q[a]", "good<|endoftext|>", "bad<|endoftext|>"]
-
-
-MATRIX = [((100, 950, 950), (100, 924, 924)), ((10, 1020, 400), (10, 1014, 400)), ((100, 1200, 150), (100, 924, 150)), ((600, 500, 500), (512, 500, 500)),
-          ((1100, 50, 50), (512, 50, 50)), ((512, 512, 1), (512, 512, 1)), ((513, 512, 1), (512, 512, 1)), ((1000, 24, 24), (1000, 24, 24)), ((1000, 25, 24), (512, 25, 24)), ((2000, 2000, 2000), (512, 512, 512))]
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("mode", ["keep_end", "keep_start"])
-@pytest.mark.parametrize("lengths, kept", MATRIX)
-def test_truncation_matrix(lengths, kept, mode, bos):
-    """Lengths in tokens: the prompt's includes BOS, a response's its EOS."""
-    tok = byte_tokenizer(post_processor=bos)
-    text = lambda start, count: "".join(chr(start + i % 26) for i in range(count))
-    row = {"prompt": text(65, lengths[0] - bos), "chosen": text(97, lengths[1] - 1), "rejected": "!" + text(97, lengths[2] - 2) if lengths[2] > 1 else ""}
-    prompt, chosen, rejected = encode_pair(row, tok, max_length=1024, max_prompt_length=512, truncation_mode=mode)
-    if lengths[2] == 1:
-        rejected = [EOS]  # no text, no EOS: such a row is left out before
-    assert (len(prompt), len(chosen), len(rejected)) == kept and len(prompt) + max(len(chosen), len(rejected)) <= 1024
-    full = [BOS] * bos + tok.encode(row["prompt"])
-    assert prompt == [BOS] * bos + (full[-(kept[0] - bos):] if mode == "keep_end" else full[bos : kept[0]])
-    assert chosen == (tok.encode(row["chosen"]) + [EOS])[: kept[1]]
-
-
-@pytest.mark.parametrize("rows, report", [
-    ([PAIR], "1 rows read, 1 kept: 0 equal, 0 empty, 0 cut, 0 dropped"),
-    ([PAIR, PAIR | {"rejected": "good"}, PAIR], "3 rows read, 2 kept: 1 equal, 0 empty, 0 cut, 0 dropped"),
-    ([PAIR, PAIR | {"chosen": ""}, PAIR | {"rejected": " \n\t\u3000"}], "3 rows read, 1 kept: 0 equal, 2 empty, 0 cut, 0 dropped"),
-    ([PAIR, conversation(), conversation(chosen=" "), conversation(rejected="good")], "4 rows read, 2 kept: 1 equal, 1 empty, 0 cut, 0 dropped"),
-    ([PAIR | {"chosen": "x" * 30}], "1 rows read, 1 kept: 0 equal, 0 empty, 1 cut, 0 dropped"),
-    ([PAIR | {"prompt": "x" * 30, "chosen": "x" * 9}, PAIR], "2 rows read, 2 kept: 0 equal, 0 empty, 1 cut, 0 dropped"),
-])
-def test_rows_left_out_are_counted_by_reason(rows, report):
-    pairs = tokenize_pairs(rows, byte_tokenizer(template=TURNS.replace("CLOSE", "")), max_length=20, max_prompt_length=12)
-    assert pairs.report == report and all(len(part) for i in range(len(pairs)) for part in pairs[i])
-
-
-@needs_shared
-def test_a_response_without_any_known_character_is_dropped():
-    tok = real_tokenizer("models/slm4096-gpt2")
-    pairs = tokenize_pairs([PAIR | {"chosen": "\u4f60\u597d"}, PAIR], tok)
-    assert pairs.report == "2 rows read, 1 kept: 0 equal, 0 empty, 0 cut, 1 dropped" and pairs.rows.tolist() == [2]
-
-
-@needs_shared
-@pytest.mark.parametrize("file, tokenizer, report", [
-    ("hh_harmless_test.jsonl.gz", "tokenizers/gpt2", "2312 rows read, 2308 kept: 0 equal, 4 empty, 0 cut, 0 dropped"),
-    ("hh_harmless_test.jsonl.gz", "models/stories260K", "2312 rows read, 2308 kept: 0 equal, 4 empty, 140 cut, 0 dropped"),
-    ("rasbt_instruction_preference.json", "tokenizers/gpt2", "1100 rows read, 1094 kept: 6 equal, 0 empty, 0 cut, 0 dropped"),
-    ("rasbt_alpaca.standard_explicit.jsonl", "models/stories260K", "1100 rows read, 1094 kept: 6 equal, 0 empty, 0 cut, 0 dropped"),
-    ("orca.conv_explicit.jsonl", "tokenizers/qwen2.5", "284 rows read, 284 kept: 0 equal, 0 empty, 14 cut, 0 dropped"),
-    ("orca.conv_implicit.jsonl", "tokenizers/qwen2.5", "284 rows read, 284 kept: 0 equal, 0 empty, 14 cut, 0 dropped"),
-    ("orca.ultrafeedback_shape.jsonl", "tokenizers/qwen2.5", "284 rows read, 284 kept: 0 equal, 0 empty, 14 cut, 0 dropped"),
-    ("dpo_en_demo.conv_explicit.jsonl", "tokenizers/minimind3", "300 rows read, 300 kept: 0 equal, 0 empty, 137 cut, 0 dropped"),
-])
-def test_real_files(file, tokenizer, report):
-    pairs = tokenize_pairs(real_rows(file), real_tokenizer(tokenizer))
-    assert pairs.report == report
-    lengths = pairs.spans() + [1, 0, 0]
-    assert lengths.min() >= 1 and (lengths[:, 0] + lengths[:, 1:].max(1)).max() <= 1024
-    over = sum(map(lambda row: len(row[0]) + max(len(row[1]), len(row[2])) > 1024,
-                   (encode_pair(real_rows(file)[n - 1], real_tokenizer(tokenizer), max_length=10**6) for n in pairs.rows.tolist())))
-    assert f" {over} cut" in report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs as flat arrays
-
-
-def random_rows(count, seed=0, longest=12):
-    """Pairs whose every token is different, so that each can be recognised in a pack."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, longest, (count, 3))
-    return Pairs(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths.ravel()), np.arange(1, count + 1))
-
-
-def test_pairs_are_flat_arrays():
-    tok = byte_tokenizer()
-    rows = [PAIR | {"prompt": "p" * i, "chosen": "c" * (i + 1), "rejected": "r" * (2 * i + 1)} for i in range(1200)]
-    pairs = tokenize_pairs(rows, tok, max_length=500, max_prompt_length=100)
-    assert (pairs.tokens.dtype, pairs.ends.dtype, pairs.rows.dtype) == (np.int32, np.int64, np.int64) and pairs.tokens.ndim == 1
-    assert pairs.rows.tolist() == list(range(1, 1201)) and len(pairs) == 1200 and pairs.ends[-1] == len(pairs.tokens)
-    for i in (0, 1, 511, 512, 513, 1199):
-        assert [part.tolist() for part in pairs[i]] == list(encode_pair(rows[i], tok, max_length=500, max_prompt_length=100))
-    assert pairs.spans()[7].tolist() == [6, 9, 16]
-    few = pairs.select([5, 3, 1199])
-    assert few.rows.tolist() == [6, 4, 1200] and few.tokens.dtype == np.int32 and [[p.tolist() for p in few[i]] for i in range(3)] == [[p.tolist() for p in pairs[i]] for i in (5, 3, 1199)]
-
-
-@needs_shared
-def test_memory_is_at_most_six_bytes_a_token():
-    rows, tok = real_rows("hh_harmless_test.jsonl.gz")[:1000], real_tokenizer("tokenizers/gpt2")
-    tokenize_pairs(rows[:10], tok)
-    tracemalloc.start()
-    pairs = tokenize_pairs(rows, tok)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert held <= 6 * len(pairs.tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Packs
-
-
-def test_a_pack_is_the_drawing():
-    batch = pack([([10, 11, 12, 13], [20, 21, 22], [30, 31]), ([40], [50], [60, 61])])
-    #                                 prefix      | chosen    | rejected || the second pair has no prefix
-    assert batch.inputs.tolist() == [10, 11, 12, 13, 20, 21, 13, 30, 40, 40, 60]
-    assert batch.targets.tolist() == [11, 12, 13, 20, 21, 22, 30, 31, 50, 60, 61]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 0, 0, 1]
-    assert batch.owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 4, 5, 5]
-    assert batch.spans.tolist() == [[3, 3, 2], [0, 1, 2]]
-    assert batch.cu_q.tolist() == [0, 6, 8, 9, 11] and batch.cu_k.tolist() == [0, 6, 11, 12, 14]
-    assert batch.kv_index.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8, 9, 10]
-    assert (batch.max_q, batch.max_k, batch.scored) == (6, 6, None)
-    assert {t.dtype for t in (batch.inputs, batch.targets, batch.positions, batch.owner, batch.spans, batch.kv_index)} == {torch.int64}
-    assert batch.cu_q.dtype == batch.cu_k.dtype == torch.int32  # what variable-length attention takes
-
-
-@pytest.mark.parametrize("feed_last", [False, True])
-@pytest.mark.parametrize("prompt_loss", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_attention_layout_is_the_mask_and_each_token_is_predicted_once(seed, prompt_loss, feed_last):
-    source = random_rows(5, seed)
-    pairs = [tuple(part.tolist() for part in source[i]) for i in range(5)]
-    batch = pack(pairs, prompt_loss=prompt_loss, feed_last=feed_last)
-    T = len(batch.inputs)
-    pair, branch = batch.owner // 3, batch.owner % 3
-    same = pair[:, None] == pair[None, :]
-    expected = same & ((branch[None, :] == 0) | (branch[:, None] == branch[None, :])) & (batch.positions[None, :] <= batch.positions[:, None])
-    expected &= ~((branch[:, None] == 0) & (branch[None, :] != 0))
-    seen = torch.zeros(T, T, dtype=torch.bool)
-    for s in range(len(batch.cu_q) - 1):
-        queries, keys = torch.arange(batch.cu_q[s], batch.cu_q[s + 1]), batch.kv_index[batch.cu_k[s] : batch.cu_k[s + 1]]
-        assert len(queries) <= batch.max_q and len(keys) <= batch.max_k
-        for i, q in enumerate(queries):  # causal, aligned at the end of the keys
-            seen[q, keys[: len(keys) - len(queries) + i + 1]] = True
-    assert batch.cu_q[-1] == T and torch.equal(seen, expected)
-    # What a scored position has seen is its sequence up to there; all targets together are the pairs, each token but the first once.
-    scored = batch.scored.tolist() if batch.scored is not None else range(T)
-    assert (batch.scored is None) == (prompt_loss and not feed_last)
-    got = []
-    for t in scored:
-        prompt, *responses = pairs[pair[t]]
-        sequence = prompt + (responses[branch[t] - 1] if branch[t] else [])
-        assert sorted(batch.inputs[seen[t]].tolist()) == sorted(sequence[: batch.positions[t] + 1]) and batch.targets[t] == sequence[batch.positions[t] + 1]
-        got.append(int(batch.targets[t]))
-    assert sorted(got) == sorted(token for prompt, *responses in pairs for token in [*(prompt[1:] if prompt_loss else []), *responses[0], *responses[1]])
-    assert T == source.spans().sum() + 10 * feed_last
-    assert batch.spans.tolist() == (source.spans() + [0, feed_last, feed_last]).tolist()
-
-
-def test_a_batch_on_the_cpu_is_itself():
-    batch = pack([([1, 2], [3], [4])])
-    assert batch.to("cpu") is batch
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("capacity", [50, 64, 500])
-def test_first_fit_decreasing_keeps_the_capacity_and_every_item(seed, capacity):
-    lengths = np.random.default_rng(seed).integers(1, 51, 200)
-    bins = first_fit_decreasing(lengths, capacity)
-    assert sorted(i for b in bins for i in b) == list(range(200))
-    sums = [sum(lengths[i] for i in b) for b in bins]
-    assert max(sums) <= capacity and len(bins) <= -(-lengths.sum() // capacity) * 11 / 9 + 1  # the known bound of the algorithm
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_spread_is_even(ranks):
-    lengths = np.random.default_rng(0).integers(10, 1000, 64)
-    shares = spread(lengths, ranks)
-    sums = [sum(lengths[i] for i in share) for share in shares]
-    assert len(shares) == ranks and sorted(i for share in shares for i in share) == list(range(64))
-    assert {len(share) for share in spread([9] + [1] * 9, 2)} == {1, 9}  # the long one alone
-    assert max(sums) - min(sums) <= lengths.max() and max(sums) <= 1.1 * lengths.sum() / ranks
-
-
-@pytest.mark.parametrize("max_tokens", [40, 100, 10**6])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 40])
-def test_packs_over_all_ranks_hold_every_pair_once(ranks, max_tokens):
-    pairs = random_rows(60)
-    indices = epoch_order(60, 0, 0)[:33]
-    packs = [p for rank in range(ranks) for p in make_packs(pairs, indices, max_tokens, rank=rank, ranks=ranks, prompt_loss=False)]
-    assert all(len(p.inputs) <= max_tokens for p in packs)
-    targets = sorted(t for p in packs for t in (p.targets if p.scored is None else p.targets[p.scored]).tolist())
-    assert targets == sorted(t for i in indices for part in pairs[i][1:] for t in part.tolist())
-
-
-def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
-    first = epoch_order(100, 3, 5)
-    np.random.seed(1), torch.manual_seed(1), np.random.rand(7)
-    assert sorted(first) == list(range(100)) and (epoch_order(100, 3, 5) == first).all()
-    assert (epoch_order(100, 3, 6) != first).any() and (epoch_order(100, 4, 5) != first).any() and (epoch_order(100, 5, 3) != first).any()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad inputs: each one line that says where
-
-GOOD = json.dumps(PAIR)
-
-
-def reading(name, content):
-    return lambda d: read_pairs(put(d / name, content))
-
-
-def tokenizing(rows, **options):
-    return lambda d: tokenize_pairs(rows, options.pop("tokenizer", None) or byte_tokenizer(**options))
-
-
-def loading(**files):
-    """A tokenizer directory of these files; dots are written as two underscores."""
-
-    def build(d):
-        for name, content in files.items():
-            put(d / "model" / name.replace("__", "."), content if isinstance(content, (str, bytes)) else json.dumps(content))
-        return Tokenizer.from_pretrained(d / "model")
-
-    return build
-
-
-def tokenizer_json(**changes):
-    return json.loads(demo_tokenizer().backend.to_str()) | changes
-
-
-def small_tokenizer(model):
-    return Tokenizer(tokenizers.Tokenizer(model), {"eos_token": "</s>"})
-
-
-def parquet_without_pairs(d):
-    return read_pairs(write_table(d, "parquet", [{"text": "a"}]))
-
-
-def parquet_truncated(d):
-    path = write_table(d, "parquet", [PAIR])
-    return read_pairs(put(d / "b.parquet", path.read_bytes()[:-9]))
-
-
-BAD_DATA = [
-    # files
-    ("missing file", lambda d: read_pairs(d / "no.jsonl"), r"no\.jsonl: no such file"),
-    ("missing directory", lambda d: read_pairs(d / "no" / "where"), r"where: no such file"),
-    ("no source at all", lambda d: read_pairs(""), r"no such file"),
-    ("empty file", reading("a.jsonl", ""), r"a\.jsonl: no rows"),
-    ("blank file", reading("a.jsonl", "\n \n\r\n"), r"a\.jsonl: no rows"),
-    ("empty list", reading("a.json", "[]"), r"a\.json: no rows"),
-    ("second file empty", lambda d: read_pairs([put(d / "a.jsonl", [PAIR]), put(d / "b.jsonl", "")]), r"b\.jsonl: no rows"),
-    ("empty gzip", reading("a.jsonl.gz", gzip.compress(b"")), r"a\.jsonl\.gz: no rows"),
-    ("empty directory", lambda d: read_pairs(d), r"no data files of split 'train' \(none at all\)"),
-    ("directory without the split", lambda d: (put(d / "test.jsonl", [PAIR]), read_pairs(d)), r"no data files of split 'train' \(test\.jsonl\).*:SPLIT"),
-    ("unknown split", lambda d: (put(d / "train.jsonl", [PAIR]), read_pairs(f"{d}:dev")), r"no data files of split 'dev' \(train\.jsonl\)"),
-    ("a directory named like a file", lambda d: (put(d / "a.jsonl" / "x", "x"), read_pairs(d / "a.jsonl")), r"a\.jsonl: no (such file|data files)"),
-    ("hub data set without network", lambda d: read_pairs("no-such-owner/no-such-set"), r"no-such-owner/no-such-set: .*the hub did not give it"),
-    ("a CSV file", reading("a.csv", "prompt,chosen,rejected\na,b,c\n"), r"a\.csv, line 1: not valid JSON"),
-    ("a gzip file without the name", reading("a.jsonl", gzip.compress(GOOD.encode())), r"a\.jsonl, line 1: not UTF-8"),
-    ("a plain file named gzip", reading("a.jsonl.gz", GOOD), r"a\.jsonl\.gz, after line 0: cannot be read .*gzip"),
-    ("truncated gzip", reading("a.jsonl.gz", gzip.compress("".join(f'{{"prompt": "{i * 7919 % 10007}", "chosen": "a", "rejected": "b"}}\n' for i in range(20000)).encode())[:-2000]), r"a\.jsonl\.gz, after line \d{3,}: cannot be read"),
-    ("gzip with a flipped byte", lambda d: (b := bytearray(gzip.compress(b"".join(b'{"i": %d}\n' % i for i in range(999)))), b.__setitem__(len(b) // 2, b[len(b) // 2] ^ 255), read_pairs(put(d / "a.jsonl.gz", bytes(b)))), r"a\.jsonl\.gz, "),
-    ("invalid UTF-8", reading("a.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}\n'), r"a\.jsonl, line 2: not UTF-8"),
-    ("invalid UTF-8 in a list", reading("a.json", b'[{"prompt": "\xff"}]'), r"a\.json: not UTF-8"),
-    ("UTF-16", reading("a.jsonl", GOOD.encode("utf-16")), r"a\.jsonl, line 1: not UTF-8"),
-    ("not parquet", lambda d: (pytest.importorskip("pyarrow"), read_pairs(put(d / "a.parquet", b"garbage" * 9))), r"a\.parquet: not a readable parquet file"),
-    ("empty parquet", lambda d: (pytest.importorskip("pyarrow"), read_pairs(put(d / "a.parquet", b""))), r"a\.parquet: not a readable parquet file"),
-    ("truncated parquet", parquet_truncated, r"b\.parquet: not a readable parquet file"),
-    ("parquet of other columns", parquet_without_pairs, r"a\.parquet, row 1: not a preference pair.*text: str"),
-    # JSON
-    ("broken JSON", reading("a.jsonl", GOOD + '\n\n{"prompt": \n'), r"a\.jsonl, line 3: not valid JSON"),
-    ("broken JSON in a list", reading("a.json", "[\n" + GOOD + ",\n{]"), r"a\.json, line 3: not valid JSON"),
-    ("unclosed list", reading("a.json", "[" + GOOD), r"a\.json, line 1: not valid JSON"),
-    ("two objects in a line", reading("a.jsonl", GOOD + GOOD), r"a\.jsonl, line 1: not valid JSON \(Extra data"),
-    ("Python instead of JSON", reading("a.jsonl", "{'prompt': 'x'}"), r"a\.jsonl, line 1: not valid JSON"),
-    ("a number of ten thousand digits", reading("a.jsonl", '{"prompt": ' + "1" * 10000 + "}"), r"a\.jsonl, line 1: JSON that cannot be used"),
-    ("nested too deeply", reading("a.jsonl", GOOD + "\n" + "[" * 100000), r"a\.jsonl, line 2: JSON that cannot be used"),
-    ("messages nested too deeply", reading("a.jsonl", '{"chosen": [{"role": "user", "content": "q", "x": %s}], "rejected": [{"role": "user", "content": "q"}]}' % ("[" * 700 + "]" * 700)), r"a\.jsonl, line 1: nested too deeply"),
-    # rows
-    ("a row that is a list", reading("a.jsonl", GOOD + "\n[1, 2]\n"), r"a\.jsonl, line 2: a JSON object is expected, not a list"),
-    ("a row that is a string", reading("a.json", '[{"prompt": "p", "chosen": "c", "rejected": "r"}, "text"]'), r"a\.json, row 2: a JSON object is expected, not a str"),
-    ("a row that is null", reading("a.jsonl", "null"), r"a\.jsonl, line 1: a JSON object is expected, not a NoneType"),
-    ("no columns", reading("a.jsonl", "{}"), r"a\.jsonl, line 1: not a preference pair.*columns found: none"),
-    ("other columns", reading("a.jsonl", [{"question": "q", "answer": "a"}]), r"line 1: not a preference pair.*question: str, answer: str"),
-    ("rejected missing", reading("a.jsonl", [PAIR, {"prompt": "p", "chosen": "c"}]), r"a\.jsonl, line 2: not a preference pair.*prompt: str, chosen: str$"),
-    ("chosen null", reading("a.jsonl", [PAIR | {"chosen": None}]), r"line 1: .*chosen: NoneType"),
-    ("chosen a number", reading("a.jsonl", [PAIR | {"chosen": 3}]), r"line 1: .*chosen: int"),
-    ("prompt a number", reading("a.jsonl", [PAIR | {"prompt": 3}]), r"line 1: .*prompt: int"),
-    ("chosen a message, not a list", reading("a.jsonl", [PAIR | {"chosen": assistant("a"), "rejected": assistant("b")}]), r"line 1: .*chosen: dict"),
-    ("no messages", reading("a.jsonl", [{"prompt": [user("q")], "chosen": [], "rejected": [assistant("b")]}]), r"line 1: .*non-empty lists"),
-    ("strings beside messages", reading("a.jsonl", [{"prompt": [user("q")], "chosen": "a", "rejected": "b"}]), r"line 1: .*prompt: list, chosen: str"),
-    ("chosen messages, rejected string", reading("a.jsonl", [{"prompt": "q", "chosen": [assistant("a")], "rejected": "b"}]), r"line 1: .*chosen: list, rejected: str"),
-    ("message without role", reading("a.jsonl", [{"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}]), r"line 1: .*role/content"),
-    ("message without content", reading("a.jsonl", [{"chosen": [{"role": "a", "content": None}], "rejected": [{"role": "a", "content": "b"}]}]), r"line 1: .*role/content"),
-    ("ShareGPT messages", reading("a.jsonl", [{"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}]), r"line 1: .*role/content"),
-    ("instruction without answers", reading("a.jsonl", [{"instruction": "do", "input": "", "output": "o"}]), r"line 1: .*instruction: str"),
-    ("forms mixed in one file", reading("a.jsonl", [PAIR, {"chosen": "a b", "rejected": "a c"}]), r"a\.jsonl, line 2: this row is chosen/rejected strings that share their prompt, the rows before it are prompt/chosen/rejected strings"),
-    # pairs
-    ("all equal", tokenizing([PAIR | {"chosen": "bad"}]), r"no pair is left to train on \(1 rows read, 0 kept: 1 equal"),
-    ("all empty", tokenizing([PAIR | {"chosen": "  "}]), r"no pair is left to train on .*1 empty"),
-    ("all dropped", lambda d: tokenize_pairs([PAIR], small_tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))), r"no pair is left to train on .*1 dropped"),
-    ("no row", tokenizing([]), r"no pair is left to train on \(0 rows read"),
-    ("the template refuses a row", tokenizing([conversation(), conversation(prompt="no!")], template="{% if 'no!' in messages[0].content %}{{ raise_exception('Only yes') }}{% endif %}"), r"row 2: the chat template refused .*Only yes"),
-    ("the template does not parse", tokenizing([conversation()], template="{% if %}"), r"row 1: the chat template .*TemplateSyntaxError"),
-    ("the template fails", tokenizing([conversation()], template="{{ messages[9].content.strip() }}"), r"row 1: the chat template .*UndefinedError"),
-    ("a text the tokenizer cannot encode", lambda d: tokenize_pairs([PAIR], small_tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, "<unk>"))), r"cannot encode"),
-    ("tokenizer without EOS", lambda d: tokenize_pairs([PAIR], Tokenizer(demo_tokenizer().backend, {})), r"no end-of-sequence token; set eos_token in its tokenizer_config\.json"),
-    ("tokenizer without EOS, one pair", lambda d: encode_pair(PAIR, Tokenizer(demo_tokenizer().backend, {})), r"no end-of-sequence token; set eos_token in its tokenizer_config\.json"),
-    ("EOS that is not in the vocabulary", lambda d: tokenize_pairs([PAIR], Tokenizer(demo_tokenizer().backend, {"eos_token": "</nowhere>"})), r"no end-of-sequence token"),
-    # tokenizers
-    ("no tokenizer", lambda d: Tokenizer.from_pretrained(d), r"no tokenizer\.json, and no vocab\.json with merges\.txt"),
-    ("vocabulary without merges", loading(vocab__json={"a": 0}), r"no tokenizer\.json, and no vocab"),
-    ("a tokenizer that is a file", lambda d: Tokenizer.from_pretrained(put(d / "tokenizer.json", "{}")), r"tokenizer\.json: not a directory"),
-    ("a path that is no id", lambda d: Tokenizer.from_pretrained("/no/such/directory"), r"/no/such/directory: not a directory, and not a hub id"),
-    ("hub model without network", lambda d: Tokenizer.from_pretrained("no-such-owner/no-such-model"), r"no-such-owner/no-such-model: .*the hub did not give it"),
-    ("empty tokenizer.json", loading(tokenizer__json=""), r"model: the tokenizer's files cannot be read"),
-    ("broken tokenizer.json", loading(tokenizer__json='{"model": '), r"model: the tokenizer's files cannot be read"),
-    ("binary tokenizer.json", loading(tokenizer__json=b"\xff\x00"), r"model: the tokenizer's files cannot be read"),
-    ("tokenizer.json of another kind", loading(tokenizer__json={"a": 1}), r"model: the tokenizer's files cannot be read"),
-    ("tokenizer.json that names an unknown model", loading(tokenizer__json=tokenizer_json(model={"type": "Magic"})), r"model: the tokenizer's files cannot be read"),
-    ("merges of unknown tokens", loading(vocab__json={"a": 0, "b": 1}, merges__txt="#version: 0.2\nx y\n"), r"model: the tokenizer's files cannot be read"),
-    ("broken tokenizer_config.json", loading(tokenizer__json=tokenizer_json(), tokenizer_config__json="{"), r"tokenizer_config\.json: cannot be read as JSON"),
-    ("tokenizer_config.json that is a list", loading(tokenizer__json=tokenizer_json(), tokenizer_config__json=[]), r"tokenizer_config\.json: a JSON object is expected, not a list"),
-    ("broken special_tokens_map.json", loading(tokenizer__json=tokenizer_json(), special_tokens_map__json="nul"), r"special_tokens_map\.json: cannot be read as JSON"),
-    ("a token id beyond integers", loading(tokenizer__json=tokenizer_json(), config__json={"eos_token_id": 2**70}), r"model: the tokenizer's files cannot be read"),
-    ("a surrogate as a special token", loading(tokenizer__json=tokenizer_json(), tokenizer_config__json={"eos_token": "\ud800"}), r"model: the tokenizer's files cannot be read"),
-    ("binary chat_template.jinja", loading(tokenizer__json=tokenizer_json(), chat_template__jinja=b"\xff\xfe"), r"model: the tokenizer's files cannot be read"),
-    ("broken added tokens", loading(vocab__json={"a": 0}, merges__txt="", tokenizer_config__json={"added_tokens_decoder": {"one": {"content": "x"}}}), r"model: the tokenizer's files cannot be read"),
-    # read_json
-    ("JSON missing", lambda d: read_json(d / "config.json"), r"config\.json: cannot be read as JSON .*No such file"),
-    ("JSON that is a directory", lambda d: ((d / "config.json").mkdir(), read_json(d / "config.json")), r"config\.json: cannot be read as JSON"),
-    ("JSON empty", lambda d: read_json(put(d / "config.json", "")), r"config\.json: cannot be read as JSON"),
-    ("JSON not UTF-8", lambda d: read_json(put(d / "config.json", b'{"a": "\xff"}')), r"config\.json: cannot be read as JSON"),
-    ("JSON nested too deeply", lambda d: read_json(put(d / "config.json", "[" * 100000)), r"config\.json: cannot be read as JSON"),
-    ("JSON number", lambda d: read_json(put(d / "config.json", "3")), r"config\.json: a JSON object is expected, not a int"),
-]
-
-
-@pytest.mark.parametrize("build, expected", [case[1:] for case in BAD_DATA], ids=[case[0] for case in BAD_DATA])
-def test_bad_data_ends_in_one_clear_line(build, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=expected) as caught:
-        build(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file(tmp_path):
-    os.chmod(put(tmp_path / "a.jsonl", [PAIR]), 0)
-    with pytest.raises(UserError, match=r"a\.jsonl, after line 0: cannot be read .*Permission"):
-        read_pairs(tmp_path / "a.jsonl")
-
-
-def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
-        read_pairs(put(tmp_path / "a.parquet", b""))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fuzz: a result or a UserError, never anything else
-
-try:
-    from hypothesis import HealthCheck, given, settings, strategies as st
-except ImportError:
-    st = None
-
-    def test_fuzz():
-        pytest.skip("needs hypothesis")
-
-
-def result_or_user_error(call, *args):
-    try:
-        return call(*args)
-    except UserError as error:
-        assert str(error)
-
-
-def check_rows(rows):
-    """What read_pairs returned is what it promises, and can be tokenized."""
-    for row in rows:
-        assert set(row) == {"prompt", "chosen", "rejected"} and len({type(part) for part in row.values()}) == 1
-        for part in row.values():
-            assert isinstance(part, str) or all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in part)
-    result_or_user_error(lambda: tokenize_pairs(rows, byte_tokenizer(), max_length=16, max_prompt_length=8))
-
-
-if st:
-    fuzz = settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    texts = st.text(st.characters(), max_size=8) | st.sampled_from(["a b", "a c", "\ud800", " ", HH + " x", "<|endoftext|>"])
-    messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts}), max_size=3)
-    values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | texts, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=5)
-    columns = texts | messages | values
-    json_rows = st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"]), columns) | values
-    valid = [("".join(json.dumps(row) + "\n" for row in [form, form])).encode() for form, _ in FORMS.values()] + [json.dumps([form for form, _ in FORMS.values()][:1] * 3, indent=1).encode()]
-
-    @st.composite
-    def mutated(draw, originals):
-        content = bytearray(draw(st.sampled_from(originals)))
-        for _ in range(draw(st.integers(1, 4))):
-            at = draw(st.integers(0, max(0, len(content) - 1)))
-            kind = draw(st.sampled_from(["flip", "cut", "insert", "repeat"]))
-            if kind == "flip" and content:
-                content[at] = draw(st.integers(0, 255))
-            elif kind == "cut":
-                del content[at : at + draw(st.integers(1, 20))]
-            elif kind == "insert":
-                content[at:at] = draw(st.binary(max_size=4) | st.sampled_from([b"\\ud800", b"null", b"[", b"{", b"\n", b"1e999", b"NaN", b"\xef\xbb\xbf"]))
-            else:
-                content[at:at] = content[at : at + 30]
-        return bytes(content)
-
-    @fuzz
-    @given(st.data())
-    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
-    def test_fuzz_row_files(name, tmp_path, data):
-        content = data.draw(st.binary(max_size=200) | mutated(valid))
-        if name.endswith(".gz"):
-            content = gzip.compress(content)
-            content = data.draw(st.just(content) | mutated([content]))
-        check_rows(result_or_user_error(read_pairs, put(tmp_path / name, content)) or [])
-
-    @fuzz
-    @given(st.lists(json_rows, min_size=1, max_size=3))
-    def test_fuzz_rows_of_any_json(tmp_path, rows):
-        check_rows(result_or_user_error(read_pairs, put(tmp_path / "a.jsonl", rows)) or [])
-
-    @fuzz
-    @given(st.binary(max_size=100) | mutated([b'{"a": [1, {"b": null}], "c": "\\u00e9"}']))
-    def test_fuzz_read_json(tmp_path, content):
-        value = result_or_user_error(read_json, put(tmp_path / "config.json", content))
-        assert value is None or isinstance(value, dict)
-
-    @settings(fuzz, max_examples=60)
-    @given(st.data())
-    def test_fuzz_parquet(tmp_path, data):
-        original = write_table(tmp_path, "parquet", [{"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}] * 3)
-        check_rows(result_or_user_error(read_pairs, put(tmp_path / "b.parquet", data.draw(mutated([original.read_bytes()])))) or [])
-
-    @fuzz
-    @given(st.fixed_dictionaries({}, optional={key: columns for key in ["eos_token", "bos_token", "chat_template", "add_bos_token", "added_tokens_decoder"]}), st.fixed_dictionaries({}, optional={"eos_token_id": values, "bos_token_id": values}))
-    def test_fuzz_tokenizer_settings(tmp_path, settings, config):
-        tok = result_or_user_error(loading(tokenizer__json=tokenizer_json(), tokenizer_config__json=settings, config__json=config), tmp_path)
-        if tok:
-            result_or_user_error(lambda: tokenize_pairs([conversation(), PAIR], tok))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tiny random checkpoints, made by transformers: odd sizes, few KV heads, heads wider than hidden / heads where allowed.
-
-SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=44, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=128)
-SQUARE = dict(vocab_size=53, hidden_size=60, ffn_dim=44, num_hidden_layers=3, num_attention_heads=5, max_position_embeddings=128)  # OPT: every head has its keys
-GPT = dict(vocab_size=53, n_embd=60, n_layer=3, n_head=5, n_positions=128)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-MOE = dict(SIZES, num_experts_per_tok=2, moe_intermediate_size=20, num_experts=5, head_dim=10)
-
-CHECKPOINTS = {  # name: (model_type, config)
-    "llama": ("llama", dict(SIZES, head_dim=10, tie_word_embeddings=True)),
-    "llama-biases": ("llama", dict(SIZES, attention_bias=True, mlp_bias=True, hidden_act="gelu")),
-    "llama3": ("llama", dict(SIZES, head_dim=16, rope_parameters=LLAMA3)),
-    "llama-linear": ("llama", dict(SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0})),
-    "mistral": ("mistral", dict(SIZES, head_dim=10, sliding_window=7)),
-    "mistral-full": ("mistral", dict(SIZES, sliding_window=None, tie_word_embeddings=True)),
-    "qwen2": ("qwen2", dict(SIZES, use_sliding_window=False, sliding_window=5, max_window_layers=0)),
-    "qwen2-window": ("qwen2", dict(SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True)),
-    "qwen2-types": ("qwen2", dict(SIZES, use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
-    "qwen3": ("qwen3", dict(SIZES, head_dim=14, tie_word_embeddings=True)),
-    "qwen3-window": ("qwen3", dict(SIZES, head_dim=10, attention_bias=True, use_sliding_window=True, sliding_window=6, max_window_layers=2)),
-    "phi": ("phi", dict(SIZES, hidden_size=72, partial_rotary_factor=0.4)),  # 4 of 12 rotated
-    "phi-norms": ("phi", dict(SIZES, qk_layernorm=True, rope_theta=300.0)),
-    "opt-125m": ("opt", dict(SQUARE)),
-    "opt-350m": ("opt", dict(SQUARE, word_embed_proj_dim=24, do_layer_norm_before=False)),
-    "opt-no-bias": ("opt", dict(SQUARE, enable_bias=False, activation_function="gelu", _remove_final_layer_norm=True, tie_word_embeddings=False)),
-    "gpt2": ("gpt2", dict(GPT)),
-    "gpt2-untied": ("gpt2", dict(GPT, n_inner=44, activation_function="gelu", tie_word_embeddings=False)),
-    "mixtral": ("mixtral", dict(SIZES, num_local_experts=5, num_experts_per_tok=2, sliding_window=7)),
-    "mixtral-odd": ("mixtral", dict(SIZES, intermediate_size=27, num_local_experts=3, num_experts_per_tok=3, head_dim=10, tie_word_embeddings=True)),
-    "qwen3moe": ("qwen3_moe", dict(MOE, norm_topk_prob=True)),
-    "qwen3moe-dense": ("qwen3_moe", dict(MOE, norm_topk_prob=False, mlp_only_layers=[0], attention_bias=True, tie_word_embeddings=True)),
-    "qwen3moe-sparse": ("qwen3_moe", dict(MOE, norm_topk_prob=False, decoder_sparse_step=2, use_sliding_window=True, sliding_window=6)),
-}
-ONE_OF_EACH = ["llama", "mistral", "qwen2-window", "qwen3", "phi", "opt-125m", "opt-350m", "gpt2", "mixtral", "qwen3moe"]
-ROOT = tempfile.TemporaryDirectory()  # every checkpoint is made once
-
-
-@functools.cache
-def checkpoint(name, dtype="float32"):
-    """The directory of a random checkpoint, and transformers' model of it."""
-    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
-    family, options = CHECKPOINTS[name]
-    torch.manual_seed(sum(map(ord, name)))
-    config = transformers.AutoConfig.for_model(family, **options)
-    reference = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
-    with torch.no_grad():
-        for key, parameter in reference.named_parameters():
-            if parameter.ndim == 1:  # norm weights around one, biases around zero, none of them neutral
-                parameter.normal_(float("norm" in key.lower() or "ln_" in key) * ("weight" in key), 0.3)
-            else:
-                parameter.normal_(0, 1.2 / math.sqrt(parameter.shape[-1]))
-    reference.to(getattr(torch, dtype))
-    directory = os.path.join(ROOT.name, f"{name}-{dtype}")
-    reference.save_pretrained(directory)
-    return directory, reference
-
-
-def load(name):
-    return Transformer.from_pretrained(checkpoint(name)[0])
+def byte_tokenizer(*, post_processor=False, adds_bos=False, bos=True, template=None):
+    backend = demo_tokenizer().backend
+    backend.add_special_tokens(["<s>"])
+    if post_processor:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"} | ({"bos_token": "<s>"} if bos else {})
+    return Tokenizer(backend, specials, adds_bos, template)
 
 
 def random_pairs(lengths, vocab=53, seed=0):
@@ -1246,1508 +92,1766 @@ def random_pairs(lengths, vocab=53, seed=0):
     return [tuple(rng.integers(3, vocab, n) for n in three) for three in lengths]  # 1 is OPT's pad: transformers trains no input row of it
 
 
-# empty prefix, one-token responses, long ones, many: longer than any window
-LENGTHS = [(1, 1, 1), (1, 5, 9), (13, 1, 7), (9, 12, 1), (17, 11, 14), (2, 3, 20), (1, 19, 1), (6, 4, 4), (16, 10, 13), (5, 2, 3)]
-
-
-def sequence_logps(logits, *parts):
-    """Log-probability of every token but the first of parts, end to end; logits: (1, T) ids -> (1, T, vocab)."""
-    ids = torch.tensor(np.concatenate(parts))[None]
-    return logits(ids[:, :-1])[0].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-
-
-def plain_logps(logits, pairs):
-    """What model(pack(pairs)) returns, from two plain forward passes for each pair."""
-    out = []
-    for prompt, chosen, rejected in pairs:
-        out += [sequence_logps(logits, prompt, chosen), sequence_logps(logits, prompt, rejected)[len(prompt) - 1 :]]
-    return torch.cat(out)
-
-
-def gradients(model, loss):
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_logits_equal_transformers(name):
-    directory, reference = checkpoint(name)
-    tokens = torch.randint(0, 53, (2, 61), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours, theirs = Transformer.from_pretrained(directory).logits(tokens), reference(tokens).logits
-    assert theirs.std() > 0.3 and ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_packed_equals_plain(name):
-    """The tree layout changes nothing: log-probabilities and the gradient of every parameter."""
-    model, pairs = load(name), random_pairs(LENGTHS)
-    packed, plain = model(pack(pairs)), plain_logps(model.logits, pairs)
-    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
-    weight = torch.randn(len(packed), generator=torch.Generator().manual_seed(2)) / len(packed)
-    ours, theirs = gradients(model, packed @ weight), gradients(model, plain @ weight)
-    for key, gradient in theirs.items():
-        torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
-
-
-def orpo_like(parts, targets):
-    """A loss of ORPO's form. parts: [(log-probabilities of chosen, of rejected)] per pair; targets: those that the SFT term counts."""
-    odds = [[x - torch.log(-torch.expm1(x)) for x in (chosen.mean(), rejected.mean())] for chosen, rejected in parts]
-    return -targets.mean() + 0.5 * torch.stack([-F.logsigmoid(w - l) for w, l in odds]).mean()
-
-
-def packed_loss(model, pairs):
-    batch = pack(pairs)
-    logps = model(batch)
-    parts = [[logps[batch.owner == 3 * n + branch] for branch in (1, 2)] for n in range(len(pairs))]
-    return orpo_like(parts, logps[batch.owner % 3 != 2])
-
-
-def reference_loss(reference, pairs):
-    parts, targets = [], []
-    for prompt, chosen, rejected in pairs:
-        whole = [sequence_logps(lambda ids: reference(ids).logits, prompt, response) for response in (chosen, rejected)]
-        parts.append([logps[len(prompt) - 1 :] for logps in whole])
-        targets.append(whole[0])
-    return orpo_like(parts, torch.cat(targets))
-
-
-def gradient_files(model, directory):
-    """The gradients, under the names and in the layout of the checkpoint's files."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
-    model.save_pretrained(directory)
-    return load_file(os.path.join(directory, "model.safetensors"))
-
-
-def fresh_reference(name):
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name)[0], experts_implementation="eager").eval()
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_one_step_equals_transformers(name, tmp_path):
-    """The step's gradients are those of two unpadded forward passes for each pair, and every tensor moves."""
-    model, reference, pairs = load(name), fresh_reference(name), random_pairs([(9, 5, 8), (1, 6, 3), (14, 12, 2)])
-    loss, expected = packed_loss(model, pairs), reference_loss(reference, pairs)
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-4)
-    loss.backward(), expected.backward()
-    moved = copy.deepcopy(model)
-    for p, q in zip(moved.parameters(), model.parameters()):
-        assert q.grad.isfinite().all()
-        p.grad = q.grad.clone()
-    torch.optim.AdamW(moved.parameters(), lr=1e-3, weight_decay=0).step()
-    assert [key for (key, p), q in zip(moved.named_parameters(), model.parameters()) if torch.equal(p, q)] == []
-    ours, theirs = gradient_files(model, tmp_path / "ours"), gradient_files(reference, tmp_path / "theirs")
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4, msg=key)
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_saved_again_loads_in_transformers(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    directory, reference = checkpoint(name)
-    Transformer.from_pretrained(directory).save_pretrained(tmp_path)
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, experts_implementation="eager")
-    assert not any(info.values()), info
-    assert again.config.to_dict() | {"_name_or_path": ""} == reference.config.to_dict() | {"_name_or_path": ""}
-    assert (tmp_path / "generation_config.json").read_bytes().split() == Path(directory, "generation_config.json").read_bytes().split()
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(os.path.join(directory, "model.safetensors")).keys()
-    tokens = torch.randint(0, 53, (1, 40), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3moe"])
-def test_dtype_of_files_is_kept(name, dtype, tmp_path):
-    """Any floating point file -> fp32 parameters -> the same file; the config states the dtype, as transformers follows it."""
-    transformers = pytest.importorskip("transformers")
-    directory, reference = checkpoint(name, dtype)
-    model = Transformer.from_pretrained(directory)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    model.save_pretrained(tmp_path)
-    before, after = load_file(os.path.join(directory, "model.safetensors")), load_file(tmp_path / "model.safetensors")
-    for key in before:
-        torch.testing.assert_close(after[key], before[key].float().to(before[key].dtype), rtol=0, atol=0)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == getattr(torch, dtype)
-    model.save_pretrained(tmp_path, dtype=torch.float32)  # asked for explicitly
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
-
-
-def test_old_and_new_config_spellings():
-    """config.json as transformers 4 wrote it and as 5 does: the same model."""
-    base = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=9, intermediate_size=8)
-    llama, moe = dict(base, model_type="llama"), dict(base, model_type="qwen3_moe", moe_intermediate_size=4)
-    numbers = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
-    pairs = [
-        (dict(llama, rope_theta=500.0, rope_scaling=None), dict(llama, rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
-        (dict(llama, rope_theta=1e4, rope_scaling={"rope_type": "llama3", **numbers}), dict(llama, rope_parameters=LLAMA3)),
-        (dict(llama, rope_scaling={"type": "linear", "factor": 2}), dict(llama, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})),
-        (dict(base, model_type="phi", partial_rotary_factor=0.5), dict(base, model_type="phi", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})),
-        (dict(moe, num_experts=6, torch_dtype="bfloat16"), dict(moe, num_local_experts=6, dtype="bfloat16")),
-        (dict(llama, head_dim=None, num_key_value_heads=None), dict(llama, head_dim=12, num_key_value_heads=4)),
-        (dict(base, model_type="mistral"), dict(base, model_type="mistral", sliding_window=4096)),  # absent and null differ
-        (dict(base, model_type="qwen3"), dict(base, model_type="qwen3", head_dim=128)),
-        (dict(base, model_type="mixtral", num_local_experts=2), dict(base, model_type="mixtral", num_local_experts=2, rope_theta=1e6, rms_norm_eps=1e-5)),
-        (dict(base, model_type="qwen2", sliding_window=8, use_sliding_window=False, max_window_layers=0), dict(base, model_type="qwen2", sliding_window=None)),
-        (dict(base, model_type="qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1),
-         dict(base, model_type="qwen2", sliding_window=8, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])),
-    ]
-    for old, new in pairs:
-        assert Config.from_hf(old) == Config.from_hf(new)
-    assert Config.from_hf(pairs[1][0]).rope["factor"] == 8 and Config.from_hf(pairs[2][0]).rope["rope_type"] == "linear"
-    assert Config.from_hf(pairs[-1][0]).windows == [None, 8] and Config.from_hf(dict(base, model_type="mistral", sliding_window=None)).windows == [None, None]
-    assert [Config.from_hf(dict(base, model_type=t)).tie_word_embeddings for t in ("gpt2", "opt", "llama")] == [True, True, False]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Real models.
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["stories260K", "slm4096-gpt2"])
-def test_real_models_equal_reference(name):
-    model = Transformer.from_pretrained(MODELS / name)
-    for case in json.loads((MODELS / name / "reference_logprobs.json").read_text()).values():
-        ids, expected = np.array(case["ids"]), torch.tensor(case["logprob_of_next"])
-        pairs = [(ids[:k], ids[k:], ids[k : k + 2]) for k in (1, 40)]
-        with torch.no_grad():
-            plain, packed, batch = sequence_logps(model.logits, ids), model(pack(pairs)), pack(pairs)
-        torch.testing.assert_close(plain, expected, rtol=0, atol=1e-4)
-        for n, (prompt, _, _) in enumerate(pairs):
-            torch.testing.assert_close(packed[torch.isin(batch.owner, torch.tensor([3 * n, 3 * n + 1]))], expected, rtol=0, atol=1e-4)
-            torch.testing.assert_close(packed[batch.owner == 3 * n + 2], expected[len(prompt) - 1 : len(prompt) + 1], rtol=0, atol=1e-4)
-
-
-@needs_shared
-def test_stories_continue_as_they_should():
-    model, tokenizer = Transformer.from_pretrained(MODELS / "stories260K"), Tokenizer.from_pretrained(MODELS / "stories260K")
-    prompt = [tokenizer.bos_id] + tokenizer.encode("Once upon a time")
-    text = tokenizer.decode(greedy(model, [prompt], 40)[0][0].tolist())
-    assert ", there was a little girl named Lily. She loved to play outside in the park." in text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation.
-
-
-@torch.no_grad()
-def greedy(model, prompts, count):
-    """Cached greedy generation after prompts of different lengths -> tokens (B, T), and the (B, vocab) logits of each step."""
-    lengths, rows = torch.tensor([len(prompt) for prompt in prompts]), torch.arange(len(prompts))
-    used = int(lengths.max())
-    tokens = torch.full((len(prompts), used + count), 7)  # what pads must not matter
-    for row, prompt in zip(tokens, prompts):
-        row[: len(prompt)] = torch.as_tensor(prompt)
-    cache = Cache(model.config, len(prompts), used + count)
-    steps = [model.next_logits(tokens[:, :used], torch.arange(used).expand(len(prompts), -1), cache, used, lengths - 1)]
-    for step in range(count):
-        tokens[rows, lengths + step] = steps[-1].argmax(-1)
-        if step + 1 < count:
-            steps.append(model.next_logits(tokens[rows, lengths + step, None], (lengths + step)[:, None], cache, used + step + 1))
-    return tokens, steps
-
-
-@pytest.mark.parametrize("lengths", [[3], [2, 23, 1, 9]], ids=["one", "batch"])
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_cached_generation_equals_uncached(name, lengths):
-    model = load(name)
-    tokens, steps = greedy(model, [prompt for prompt, _, _ in random_pairs([(n, 1, 1) for n in lengths])], 64)
-    with torch.no_grad():
-        uncached = model.logits(tokens)  # causal: what stands right of a position does not matter
-    for row, length in enumerate(lengths):
-        expected = uncached[row, length - 1 : length + 63]
-        torch.testing.assert_close(torch.stack(steps)[:, row], expected, rtol=0, atol=1e-4)
-        assert torch.equal(tokens[row, length : length + 64], expected.argmax(-1))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_cache_continues_a_chat(name):
-    """Several tokens at once after a cached beginning, as the second turn of a chat does."""
-    model, tokens = load(name), torch.randint(0, 53, (1, 30), generator=torch.Generator().manual_seed(4))
-    cache, positions = Cache(model.config, 1, 30), torch.arange(30)[None]
-    with torch.no_grad():
-        for start, end in [(0, 12), (12, 13), (13, 30)]:
-            last = model.next_logits(tokens[:, start:end], positions[:, start:end], cache, end)
-            torch.testing.assert_close(last, model.logits(tokens[:, :end])[:, -1], rtol=0, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixtures of experts.
-
-
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if "mo" in name or "mix" in name])
-def test_router_statistics_give_transformers_balancing_loss(name, tmp_path):
-    """Prefix positions, computed once here, count twice as in TRL's concatenated forward; gradients too."""
-    load_balancing_loss_func = pytest.importorskip("transformers.models.mixtral.modeling_mixtral").load_balancing_loss_func
-    model, reference, pairs = load(name), fresh_reference(name), random_pairs(LENGTHS)
-    batch = pack(pairs, feed_last=True)
-    weight = torch.where(batch.owner % 3 == 0, 2.0, 1.0)
-    logps, router = model(batch, weight)
-    rows = weight.sum() * len(model.config.moe_layers)
-    loss = model.config.num_experts * (router[0] / rows * router[1] / rows).sum()
-
-    sequences = [torch.tensor(np.concatenate([prompt, response]))[None] for prompt, *responses in pairs for response in responses]
-    gates = zip(*(reference(ids, output_router_logits=True).router_logits for ids in sequences))
-    expected = load_balancing_loss_func(tuple(torch.cat(layer) for layer in gates), model.config.num_experts, model.config.num_experts_per_tok)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logps[batch.scored], model(pack(pairs)), rtol=0, atol=1e-5)  # the last tokens change nothing else
-
-    for some in (model, reference):
-        for parameter in some.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-    loss.backward(), expected.backward()
-    ours, theirs = gradient_files(model, tmp_path / "ours"), gradient_files(reference, tmp_path / "theirs")
-    for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5, msg=key)
-
-
-def test_router_statistics_are_not_rounded_by_autocast():
-    model, batch = load("qwen3moe"), pack(random_pairs(LENGTHS))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        sent, probability = model(batch, torch.ones(len(batch.inputs)))[1]
-    assert sent.sum() == 2 * 3 * len(batch.inputs)
-    torch.testing.assert_close(probability.sum(), torch.tensor(3.0 * len(batch.inputs)), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("name", ["qwen3moe", "mixtral-odd"])  # grouped_mm, and what stands in for it
-def test_idle_experts_have_zero_gradients(name):
-    """Zero and not None, which DDP could not reduce."""
-    model = load(name)
-    for layer in model.model.layers:
-        layer.mlp.top_k = 1
-    for key, gradient in gradients(model, model(pack(random_pairs([(1, 1, 1)]))).sum()).items():
-        assert gradient is not None and gradient.isfinite().all(), key
-        if "experts" in key:
-            assert 1 <= (gradient.flatten(1) != 0).any(1).sum() <= 2 < len(gradient), key  # two positions, one expert each
-
-
-def test_experts_cost_grows_with_top_k(monkeypatch):
-    """Each grouped product has exactly T * k rows, however many experts there are."""
-    rows, product = [], F.grouped_mm
-    monkeypatch.setattr(F, "grouped_mm", lambda a, *args, **options: rows.append(len(a)) or product(a, *args, **options))
-    model, batch = load("qwen3moe"), pack(random_pairs(LENGTHS))
-    with torch.no_grad():
-        model(batch)
-    assert rows == [2 * len(batch.inputs)] * 3 * 3  # three matrices in each of three layers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention on a GPU, rehearsed without one.
-
-
-def varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn computes, one segment after the other."""
-    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max())) and cu_q.dtype == cu_k.dtype == torch.int32
-    out = []
-    for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist()):
-        back = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)  # aligned at the end
-        sees = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else d))
-        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) / math.sqrt(q.shape[-1])
-        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -math.inf).softmax(-1), values))
-    return torch.cat(out)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-types", "gpt2"])
-def test_flash_layout_equals_masked(name, monkeypatch):
-    model, batch = load(name), pack(random_pairs(LENGTHS))
-    weight = torch.randn(len(batch.inputs), generator=torch.Generator().manual_seed(5)) / len(batch.inputs)
-    masked = model(batch)
-    expected = gradients(model, masked @ weight)
-    monkeypatch.setattr(model_module, "varlen_attn", varlen_reference)
-    monkeypatch.setattr(model_module, "Tree", lambda batch, flash: Tree(batch, True))
-    flash = model(batch)
-    torch.testing.assert_close(flash, masked, rtol=0, atol=1e-5)
-    for key, gradient in gradients(model, flash @ weight).items():
-        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5, msg=key)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ONE_OF_EACH + ["phi-norms"])
-def test_flash_on_a_gpu(name, monkeypatch):
-    """The flash path in bf16 is as near to fp32 as the masked path in bf16 is; gradients too."""
-    hf = dict(CHECKPOINTS[name][1], model_type=CHECKPOINTS[name][0], head_dim=16)
-    model, batch = Transformer(Config.from_hf(hf), hf).initialise().cuda(), pack(random_pairs(LENGTHS)).to("cuda")
-    exact = model(batch)
-    expected = gradients(model, exact.mean())
-    for flash in (True, False):
-        monkeypatch.setattr(model_module, "Tree", lambda batch, ready: Tree(batch, flash) if ready else pytest.fail("no flash attention"))
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            logps = model(batch)
-        torch.testing.assert_close(logps, exact, rtol=0, atol=0.05)
-        for key, gradient in gradients(model, logps.mean()).items():
-            assert (gradient - expected[key]).norm() <= 0.05 * expected[key].norm() + 1e-4, key
-
-
-def test_arguments_of_varlen_attn():
-    """The installed torch takes the arguments that the GPU path gives it."""
-    import inspect
-
-    parameters = inspect.signature(model_module.varlen_attn).parameters
-    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and "window_size" in parameters
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring targets without their logits.
-
-
-def scoring(S=50, V=37, C=8, dtype=torch.float32, bias=True):
-    torch.manual_seed(6)
-    h, weight = torch.randn(S, C, dtype=dtype, requires_grad=True), torch.randn(V, C, dtype=dtype, requires_grad=True)
-    return h, weight, torch.randn(V, dtype=dtype, requires_grad=True) if bias else None, torch.randint(0, V, (S,))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("chunk", [1, 50 * 128, 2**23])  # 64 words of 200 at a time (the least), 128, all
-def test_target_logps_equal_log_softmax(chunk, bias, monkeypatch):
-    monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": chunk})
-    h, weight, b, targets = scoring(V=200, bias=bias)
-    inputs = [h, weight] + [b] * bias
-    expected = F.linear(h, weight, b).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    ours = TargetLogps.apply(h, weight, b, targets)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    some = torch.randn(len(h))
-    for ours, theirs in zip(torch.autograd.grad(ours @ some, inputs), torch.autograd.grad(expected @ some, inputs)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_target_logps_gradcheck(bias, monkeypatch):
-    monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": 1})
-    assert torch.autograd.gradcheck(TargetLogps.apply, scoring(6, 70, 3, torch.float64, bias))
-
-
-def test_target_logps_under_autocast():
-    h, weight, bias, targets = scoring(V=300)
-    exact = TargetLogps.apply(h, weight, bias, targets)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = TargetLogps.apply(h.bfloat16(), weight, bias, targets)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, exact, rtol=0, atol=0.1)
-    for ours, theirs in zip(torch.autograd.grad(ours.sum(), (h, weight, bias)), torch.autograd.grad(exact.sum(), (h, weight, bias))):
-        assert ours.dtype == torch.float32 and F.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.999
-
-
-def test_target_logps_never_hold_all_logits(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            self.numel = max([self.numel] + [t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)])
-            return out
-
-    monkeypatch.setattr(TargetLogps, "CHUNK", {"cpu": 400 * 64})
-    h, weight, bias, targets = scoring(S=400, V=1000)
-    with Largest() as largest:
-        TargetLogps.apply(h, weight, bias, targets).sum().backward()
-    assert largest.numel == 400 * 64 and h.grad is not None  # 64 columns of the logits at a time, of 1000
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Matrix products on a CPU.
-
-
-@pytest.mark.skipif(not model_module.ONEDNN, reason="this torch has no oneDNN")
-@pytest.mark.parametrize("rows", [(300,), (2, 150), (20,)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_products_by_onednn(rows, bias, monkeypatch):
-    """Large products go through oneDNN and equal F.linear, gradients included; the backward's own where they are large."""
-    torch.manual_seed(7)
-    x, weight = torch.randn(*rows, 512, requires_grad=True), torch.randn(768, 512, requires_grad=True)
-    inputs = [x, weight] + [torch.randn(768, requires_grad=True)] * bias
-    ours, theirs = model_module.linear(*inputs), F.linear(*inputs)
-    assert type(ours.grad_fn).__name__ == "OneDNNBackward"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
-    some = torch.randn_like(ours)
-    for ours, theirs in zip(torch.autograd.grad(ours, inputs, some), torch.autograd.grad(theirs, inputs, some)):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
-    for other in (inputs[1][:, :200], inputs[1].double(), inputs[1].bfloat16()):  # narrow, or not fp32
-        product = model_module.linear(torch.randn(4096, other.shape[1], dtype=other.dtype), other)
-        assert type(product.grad_fn).__name__ != "OneDNNBackward"
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 512), (1, 512), (2, 512)])
-@pytest.mark.parametrize("C_out, bias", [(256, True), (256, False), (250, True)])
-def test_product_of_a_single_row(shape, C_out, bias, monkeypatch):
-    torch.manual_seed(8)
-    calls, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *pair: calls.append(1) or bmm(*pair))
-    layer, x = model_module.Linear(512, C_out, bias=bias), torch.randn(shape)
-    with torch.no_grad():
-        ours = layer(x)
-    made_of_pieces = C_out == 256 and shape != (2, 512)
-    assert len(calls) == made_of_pieces and layer(x).requires_grad and len(calls) == made_of_pieces  # in training the usual product
-    torch.testing.assert_close(ours, F.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-5)
-
-
-def test_only_scored_positions_are_scored():
-    model, pairs = load("phi"), random_pairs(LENGTHS)
-    every, some = pack(pairs), pack(pairs, prompt_loss=False)
-    wanted = every.owner % 3 != 0
-    assert torch.equal(some.scored, wanted.nonzero()[:, 0])
-    ours, theirs = model(some), model(every) * wanted
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    ours, theirs = gradients(model, ours.mean()), gradients(model, theirs.mean())
-    for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What must change nothing.
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
-def test_gradient_checkpointing_changes_nothing(name):
-    model, batch = load(name), pack(random_pairs(LENGTHS))
-
-    def loss():
-        if not model.config.moe_layers:
-            return model(batch).mean()
-        logps, router = model(batch, torch.ones(len(batch.inputs)))
-        return logps.mean() + (router[0] * router[1]).mean() / len(logps) ** 2
-
-    expected = gradients(model, loss())
-    model.gradient_checkpointing = True
-    for key, gradient in gradients(model, loss()).items():
-        torch.testing.assert_close(gradient, expected[key], rtol=0, atol=1e-6, msg=key)
-
-
-def test_bf16_autocast_is_close():
-    """Parameters stay fp32, their gradients too, and scores stay near the exact ones."""
-    for name in ONE_OF_EACH:
-        model, batch = load(name), pack(random_pairs(LENGTHS))
-        exact = model(batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            rough = model(batch)
-        assert rough.dtype == torch.float32 and (rough - exact).abs().mean() < 0.1, name
-        a, b = gradients(model, exact.mean()), gradients(model, rough.mean())
-        assert {g.dtype for g in b.values()} == {torch.float32}
-        a, b = (torch.cat([g.flatten() for g in some.values()]) for some in (a, b))
-        assert F.cosine_similarity(a, b, 0) > 0.95, name
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-@pytest.mark.parametrize("name", ["mistral", "qwen3moe"])
-def test_compiled_blocks_change_nothing(name):
-    """Nor is anything compiled again for each new size of pack."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset(), counters.clear()
-    model, compiled = load(name), load(name)
-    for layer in compiled.model.layers:
-        layer.compile(dynamic=True)
-    graphs = []
-    for n in (3, 5, 7, len(LENGTHS)):
-        pairs = random_pairs(LENGTHS[:n], seed=n)
-        ours, theirs = packed_loss(compiled, pairs), packed_loss(model, pairs)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-        for a, b in zip(gradients(compiled, ours).values(), gradients(model, theirs).values()):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0 and graphs[-1] == graphs[0], graphs
-
-
 def hypothesis_in(directory):
     """hypothesis, keeping its notes in a scratch directory; the test is skipped without it."""
     hypothesis = pytest.importorskip("hypothesis")
     hypothesis.configuration.set_hypothesis_home_dir(directory)
-    return hypothesis, hypothesis.strategies, hypothesis.settings(deadline=None, database=None, derandomize=True)
+    settings = hypothesis.settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    return hypothesis, hypothesis.strategies, settings
 
 
-def test_packed_equals_plain_whatever_the_lengths(tmp_path):
-    hypothesis, st, settings = hypothesis_in(tmp_path)
-    model, length = load("mistral"), st.integers(1, 12)
+# ------------------------------------------------------------------------------------------------------------
+# The loss
 
-    @hypothesis.settings(settings, max_examples=30)
-    @hypothesis.given(st.lists(st.tuples(length, length, length), min_size=1, max_size=6))
-    def check(lengths):
-        pairs = random_pairs(lengths)
-        packed, plain = model(pack(pairs)), plain_logps(model.logits, pairs)
-        torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
-        ours, theirs = gradients(model, packed.mean()), gradients(model, plain.mean())
-        for key in theirs:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
-
-    check()
+LOGPS = torch.tensor([-1e4, -300.0, -20.0, -2.0, -0.6931472, -0.1, -1e-3, -1e-8, -1e-12, -1e-20, -1e-29, 0.0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files, as people have them.
-
-TINY = dict(model_type="llama", vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
-
-
-def tiny_checkpoint(directory, **changes):
-    hf = TINY | changes
-    model = Transformer(Config.from_hf(hf), hf).initialise(7)
-    model.save_pretrained(directory)
-    return model.eval()
+def loss_exactly(logps):
+    """log odds and 1 - P in float64, with the stated clamp."""
+    x = logps.detach().double().clamp(max=-SMALLEST)
+    return x - torch.log(-torch.expm1(x)), -torch.expm1(x)
 
 
-def rewrite(directory, change):
-    """Pass the tensors of model.safetensors through `change`, a function of {name: tensor}."""
-    tensors = load_file(directory / "model.safetensors")
-    save_file({key: value.contiguous() for key, value in (change(tensors) or tensors).items()}, directory / "model.safetensors")
+def test_loss_log_odds_is_right_and_its_gradient_is_one_over_one_minus_p():
+    value, slope = torch.func.vjp(log_odds, LOGPS)
+    exact, not_p = loss_exactly(LOGPS)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(slope(torch.ones_like(LOGPS))[0].double(), 1 / not_p, rtol=1e-6, atol=0)
+    assert log_odds(LOGPS.bfloat16()).dtype == torch.float32 and log_odds(LOGPS.bfloat16()).isfinite().all()
 
 
-def same(a, b):
-    tokens = torch.arange(8)[None]
-    return torch.equal(a.logits(tokens), b.logits(tokens))
+def test_loss_and_gradient_are_finite_and_right_for_every_pair():
+    chosen, rejected = (x.clone().requires_grad_() for x in torch.cartesian_prod(LOGPS, LOGPS).unbind(1))
+    loss = odds_ratio_loss(chosen, rejected)
+    loss.sum().backward()
+    (odds_w, not_w), (odds_l, not_l) = loss_exactly(chosen), loss_exactly(rejected)
+    delta = torch.sigmoid(odds_l - odds_w)  # Eq. 9
+    torch.testing.assert_close(loss.double(), F.softplus(odds_l - odds_w, threshold=30), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(chosen.grad.double(), -delta / not_w, rtol=1e-4, atol=1e-8)  # Eq. 10
+    torch.testing.assert_close(rejected.grad.double(), delta / not_l, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3_moe"])
-def test_shards(model_type, tmp_path, monkeypatch):
-    options = dict(model_type=model_type, num_experts=3, moe_intermediate_size=4)
-    whole = tiny_checkpoint(tmp_path / "whole", **options)
-    monkeypatch.setattr(model_module, "SHARD_BYTES", 1000)
-    whole.save_pretrained(tmp_path / "whole")  # where a single file stands
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
-    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
-    shards = [[t.nbytes for t in load_file(tmp_path / "whole" / name).values()] for name in names]
-    assert all(sum(sizes) <= 1000 or len(sizes) == 1 for sizes in shards)
-    assert same(Transformer.from_pretrained(tmp_path / "whole"), whole)
-    index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in whole.parameters())
-    if model_type == "llama":
-        transformers = pytest.importorskip("transformers")
-        _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
-        assert not any(info.values()), info
-    monkeypatch.undo()
-    with torch.no_grad():
-        whole.model.layers[0].input_layernorm.weight.fill_(2)
-    whole.save_pretrained(tmp_path / "whole")  # and back, where shards stand
-    assert [path.name for path in (tmp_path / "whole").glob("model*")] == ["model.safetensors"]
-    assert same(Transformer.from_pretrained(tmp_path / "whole"), whole)
+def test_loss_of_the_peer_has_no_gradient_near_certainty():
+    """The README's row: where ours is right, as above, TRL's two-branch formula gives NaN."""
+    trainer = pytest.importorskip("trl.experimental.orpo.orpo_trainer", reason="trl is not installed")
+    theirs = torch.tensor([-1e-8, 0.0], requires_grad=True)
+    (theirs - trainer.log1mexp(theirs)).sum().backward()
+    assert theirs.grad.isnan().all()
 
 
-def bare(prefix):
-    return lambda tensors: {key.removeprefix(prefix): value for key, value in tensors.items()}
+@pytest.mark.parametrize("prompt_loss, beta", [(True, 0.3), (False, 0.3), (True, 0.0)])
+def test_loss_and_metrics_by_hand(prompt_loss, beta):
+    """With beta 0, plain SFT, all rewards are 0 and the accuracy is that of the log-probabilities."""
+    pairs = random_pairs([(1, 1, 1), (1, 5, 2), (4, 1, 6), (8, 3, 3), (2, 7, 1)])
+    batch = pack(pairs, prompt_loss=prompt_loss)
+    logps = -torch.rand(len(batch.inputs), generator=torch.Generator().manual_seed(1))
+    logps *= (batch.owner % 3 != 0) | prompt_loss  # the model's value for what is not scored is 0
+    parts = logps.split(batch.spans.flatten().tolist())  # prompt, chosen, rejected; the next pair's
+    tokens = sum(len(chosen) + prompt_loss * (len(prompt) - 1) for prompt, chosen, _ in pairs)
+    nll = -torch.cat(parts[::3] + parts[1::3]).sum() / tokens
+    w, l = (torch.stack([part.mean() for part in parts[first::3]]) for first in (1, 2))
+    log_or = torch.log(w.exp() / (1 - w.exp())) - torch.log(l.exp() / (1 - l.exp()))
+    log_ratio = torch.log(torch.sigmoid(log_or))
+    of_pairs = [log_ratio, log_or, beta * w, beta * l, (w > l).float(), beta * (w - l), w, l]
+    expected = torch.stack([nll - beta * log_ratio.mean(), nll, *(x.mean() for x in of_pairs)])
+    loss, metrics = orpo_loss(logps, batch, beta, tokens, len(pairs))
+    torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, expected[0])
 
 
-def with_buffers(tensors):
-    for i in range(2):
-        tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 4, 4), f"h.{i}.attn.masked_bias": torch.tensor(-1e4)}
+def test_loss_gradient_check_program_passes_and_fails_when_it_should(monkeypatch):
+    done = subprocess.run([sys.executable, HERE / "orpo.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "upside down" in done.stdout  # the slips in circulation are shown failing
+    monkeypatch.setattr(orpo, "closed_form", lambda w, l: [x * 1.001 for x in closed_form(w, l)])
+    assert orpo.main() == 1
+    assert orpo.ratio_spread() == pytest.approx([0.28, 1.41, 2.57], abs=0.02)  # the paper's Figure 6
 
 
-@pytest.mark.parametrize("options, change", [
-    (dict(model_type="gpt2"), lambda t: with_buffers(t := bare("transformer.")(t)) or t),
-    (dict(model_type="opt"), bare("model.")),
-    (dict(model_type="opt"), lambda t: bare("model.")(t) | {"lm_head.weight": t["model.decoder.embed_tokens.weight"].clone()}),
-    (dict(model_type="opt"), lambda t: {"lm_head.weight": t.pop("model.decoder.embed_tokens.weight")} | t),
-    (dict(tie_word_embeddings=True), lambda t: {"lm_head.weight": t.pop("model.embed_tokens.weight")} | t),
-    (dict(tie_word_embeddings=True), lambda t: {"lm_head.weight": t["model.embed_tokens.weight"].clone()} | t),
-    (dict(), lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}),
-], ids=["gpt2-bare-buffers", "opt-bare", "opt-bare-both-halves", "opt-head-only", "head-only", "both-halves", "inv-freq"])
-def test_files_of_other_shapes(options, change, tmp_path):
-    """As found on the hub: no prefix, constants among the weights, either half of tied weights."""
-    model = tiny_checkpoint(tmp_path, **options)
-    rewrite(tmp_path, change)
-    again = Transformer.from_pretrained(tmp_path)
-    assert same(again, model)
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == model.config.tie_word_embeddings
-    assert not again.training and all(p.requires_grad for p in again.parameters())
+def loss_of_trl(rows, tok, scratch):
+    """TRL's metrics for one batch of these rows, in fp32, and its model with the gradients."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    trl = pytest.importorskip("trl.experimental.orpo", reason="trl is not installed")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "stories260K", dtype=torch.float32)
+    config = trl.ORPOConfig(output_dir=str(scratch), beta=0.1, max_length=4096, report_to=[], use_cpu=True)
+    trainer = trl.ORPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tok)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss, metrics = trainer.get_batch_loss_metrics(model, batch, "train")
+    loss.backward()
+    return metrics | {"loss": loss.item()}, model
 
 
-def config(**changes):
-    return lambda directory: (directory / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | changes))
+@needs_shared
+@pytest.mark.parametrize("file, count, longest", [  # longest: of a row's parts, in tokens
+    ("hh_harmless_test.jsonl.gz", 16, 300), ("rasbt_alpaca.standard_explicit.jsonl", 64, 500),
+    ("rasbt_alpaca.standard_explicit.jsonl", 1, 500), ("orca.conv_explicit.jsonl", 8, 600)])
+def test_loss_of_one_step_equals_trl_gradients_included(file, count, longest, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(MODELS / "stories260K")
+    theirs.pad_token = theirs.eos_token
+    theirs.chat_template = read_json(REAL / "chat_templates/chatml.json")["chat_template"]
+    ours = copy.copy(data_real_tokenizer("models/stories260K"))
+    ours.chat_template = theirs.chat_template
+    rows = [dict(row) for row in data_real_rows(file) if row["chosen"] != row["rejected"]]
+    rows = [row for row in rows if max(map(len, encode_pair(row, ours, max_length=10**6))) < longest][:count]
+    expected, their_model = loss_of_trl(rows, theirs, tmp_path)
+    model, metrics = Transformer.from_pretrained(MODELS / "stories260K"), 0
+    pairs = tokenize_pairs(rows, ours, max_length=4096)
+    for batch in make_packs(pairs, np.arange(count), 2048):
+        loss, part = orpo_loss(model(batch), batch, 0.1, int(pairs.spans()[:, :2].sum()), count)
+        loss.backward()
+        metrics = metrics + part
+    assert metrics.tolist() == pytest.approx([expected[name] for name in METRICS], rel=1e-5, abs=1e-6)
+    for name, parameter in model.named_parameters():
+        gradient = their_model.get_parameter(name).grad
+        assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def without(key):
-    def build(directory):
-        values = json.loads((directory / "config.json").read_text())
-        del values[key]
-        (directory / "config.json").write_text(json.dumps(values))
-    return build
+# ------------------------------------------------------------------------------------------------------------
+# The README, and what no module may do
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+MODULES = ["data.py", "model.py", "orpo.py", "sample.py", "train.py"]
+UNSAFE = (r"torch\.(load|save)\b|import pickle|pickle\.|joblib|marshal|shelve|object_list|allow_pickle"
+          r"|np\.load|(gather|scatter|broadcast)_object|trust_remote_code|(?<![.\w])(eval|exec)\(")
 
 
-def weights_in(change):
-    return lambda directory: rewrite(directory, change)
+@pytest.mark.skipif(not os.environ.get("CI"), reason="a fork may change the lines that the README quotes")
+def test_readme_quotes_the_code():
+    quoted = re.findall(r"^\| \([\d, ]+\) \|.*\| `(.+)` \|$", README, re.M)
+    source = (HERE / "orpo.py").read_text(encoding="utf-8")
+    assert quoted and [line for line in quoted if line not in source] == []
 
 
-def index(weight_map):
-    def build(directory):
-        (directory / "model.safetensors").unlink()
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return build
+def test_readme_flags_and_linked_files_exist_and_the_top_holds_no_others():
+    known = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
+    known |= set(re.findall(r'"(--\w+)"', (HERE / "assets/figures.py").read_text(encoding="utf-8")))
+    for program in ("train.py", "sample.py"):
+        done = subprocess.run([sys.executable, HERE / program, "--help"], capture_output=True, text=True)
+        known |= set(re.findall(r"--[\w-]+", done.stdout))
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known) == []
+    assert all((HERE / file).exists() for file in re.findall(r"\]\((assets/[\w.]+)\)", README))
+    top = {path.name for path in HERE.glob("[!.]*.*") if path.is_file()}
+    assert top == {*MODULES, "README.md", "requirements.txt", "test_orpo.py"}
 
 
-def file(name, content):
-    return lambda directory: (directory / name).write_bytes(content)
+@pytest.mark.parametrize("module", MODULES)
+def test_data_are_never_unpickled_or_executed(module):
+    source = (HERE / module).read_text(encoding="utf-8")
+    assert [line for line in source.splitlines() if re.search(UNSAFE, line)] == []
 
 
-def instead(name):
-    return lambda directory: (directory / "model.safetensors").rename(directory / name)
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+TOKENIZERS = {  # name: eos, bos, adds_bos, has_template, ids that end an answer (EOS and what closes a turn)
+    "models/slm4096-gpt2": (0, 0, False, False, {0}), "models/stories260K": (2, 1, True, False, {2}),
+    "tokenizers/smollm": (0, 0, False, False, {0}), "tokenizers/minimind3": (2, 1, False, True, {2}),
+    "tokenizers/gpt2": (50256, 50256, False, False, {50256}),
+    "tokenizers/phi3": (32000, 1, False, True, {32000, 32007}),
+    "tokenizers/qwen2.5": (151643, None, False, True, {151643, 151645}),  # without tokenizer.json
+}
+TEXTS = [
+    "  Héllo naïve e\u0301 ﬁ İ Å — 你好，世界！日本語 한국어 🙂👩‍👩‍👧 \u00a0nb\u200b\u3000", " spaces   5   67\n\n  8", "",
+    "a b " * 500,  # truncation and padding, which some tokenizer.json files switch on, must be off
+    "\n\n\nline\r\n\ttab   long          spaces   \n def f(x):\n    return x**2  it's WE'LL 12345 x1 ½①٣   ",
+    "<|endoftext|> <|im_start|>user\n<|im_end|> <s>a</s> </s>  y<|user|> \n hi<|end|> <unk>[PAD]<pad>▁<0x0A>"]
+data_real_tokenizer = functools.cache(lambda name: Tokenizer.from_pretrained(REAL / name))
+data_real_rows = functools.cache(lambda name: read_pairs(REAL / "pref" / name))
 
 
-def cut(directory, keep=-40):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
+def data_loading(files=(), **settings):
+    """For tables: what reads the demo's tokenizer with these settings and files from a directory `model`."""
+
+    def load(directory):
+        defaults = {"tokenizer.json": demo_tokenizer().backend.to_str(),
+                    "tokenizer_config.json": {"eos_token": "<|endoftext|>", **settings}}
+        for name, content in (defaults | dict(files)).items():
+            put(directory / "model" / name, content)
+        return Tokenizer.from_pretrained(directory / "model")
+
+    return load
 
 
-NORM = "model.layers.1.input_layernorm.weight"
-BAD_MODELS = [
-    ("no config", lambda d: (d / "config.json").unlink(), "no config.json"),
-    ("config is no JSON", file("config.json", b"{"), "config.json: cannot be read as JSON"),
-    ("config is a list", file("config.json", b"[]"), "config.json: a JSON object is expected"),
-    ("config is binary", file("config.json", b"\xff\x00"), "config.json: cannot be read as JSON"),
-    ("no model_type", without("model_type"), "model_type None is not supported; supported are llama, mistral, qwen2, qwen3, phi, opt, gpt2, mixtral, qwen3_moe"),
-    ("foreign model_type", config(model_type="t5"), "model_type 't5' is not supported; supported are llama"),
-    ("odd model_type", config(model_type=["llama"]), "not supported; supported are"),
-    ("no hidden_size", without("hidden_size"), "config.json: .*hidden_size"),
-    ("text for a number", config(hidden_size="8"), "config.json: .*makes no sense"),
-    ("no heads", config(num_attention_heads=0), "config.json: .*makes no sense"),
-    ("negative layers", config(num_hidden_layers=-1), "num_hidden_layers = -1"),
-    ("endless layers", config(num_hidden_layers=10**9), "num_hidden_layers = 1000000000"),
-    ("immense", config(hidden_size=2**40), "config.json: .*makes no sense"),
-    ("wide", config(vocab_size=2**30, hidden_size=2**19, head_dim=2**19, intermediate_size=2**19), "is F32 of shape"),
-    ("fraction of a size", config(intermediate_size=12.5), "intermediate_size = 12.5"),
-    ("truth for a size", config(num_key_value_heads=True), "num_key_value_heads = True"),
-    ("heads that do not divide", config(num_attention_heads=3, num_key_value_heads=2), "3 heads over 2 key/value heads"),
-    ("norm_eps of text", config(rms_norm_eps="small"), "norm_eps = 'small'"),
-    ("ties of text", config(tie_word_embeddings="yes"), "tie_word_embeddings = 'yes'"),
-    ("unknown activation", config(hidden_act="swoosh"), "activation 'swoosh': not supported"),
-    ("unknown rope", config(rope_scaling={"rope_type": "yarn", "factor": 2}), "yarn.*not supported"),
-    ("rope without its factor", config(rope_scaling={"type": "linear"}), "factor"),
-    ("rope by layer type", config(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "not supported"),
-    ("rope of text", config(rope_scaling="linear"), "config.json: .*makes no sense"),
-    ("rope_theta of text", config(rope_theta="big"), "config.json: .*makes no sense"),
-    ("rope_theta of nought", config(rope_theta=0), "rotary positions"),
-    ("odd rotary part", config(partial_rotary_factor=0.3), "rotary positions"),
-    ("window of nought", config(model_type="mistral", sliding_window=0), "sliding_window = 0"),
-    ("window of text", config(model_type="mistral", sliding_window="wide"), "sliding_window = 'wide'"),
-    ("layer types", config(model_type="mistral", layer_types=["full_attention"]), "1 layer types for 2 layers"),
-    ("more experts a token than there are", config(model_type="mixtral", num_local_experts=2, num_experts_per_tok=3), "3 of 2 experts"),
-    ("quantized", config(quantization_config={"quant_method": "gptq"}), "quantized weights .*not supported"),
-    ("GPT-2's other scale", config(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "not supported"),
-    ("pickled weights", instead("pytorch_model.bin"), "pickled weights.*refs/pr/N.*save_pretrained"),
-    ("no weights", lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
-    ("truncated", cut, "model.safetensors: cannot be read as safetensors"),
-    ("truncated early", lambda d: cut(d, 5), "model.safetensors: cannot be read as safetensors"),
-    ("empty file", file("model.safetensors", b""), "model.safetensors: cannot be read as safetensors"),
-    ("immense header", file("model.safetensors", b"\xff" * 64), "model.safetensors: cannot be read as safetensors"),
-    ("weights are a directory", lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir()), "model.safetensors: cannot be read"),
-    ("index reaches up", index({NORM: "../x.safetensors"}), "names the file '../x.safetensors'"),
-    ("index reaches anywhere", index({NORM: "/etc/x.safetensors"}), "names the file '/etc/x.safetensors'"),
-    ("index names a pickle", index({NORM: "pytorch_model.bin"}), "names the file 'pytorch_model.bin'"),
-    ("index names no file", index({NORM: "model-9.safetensors"}), "model-9.safetensors: cannot be read"),
-    ("index with NUL", index({NORM: "a\0.safetensors"}), "cannot be read"),
-    ("index with a lone surrogate", index({NORM: "\ud800.safetensors"}), "cannot be read"),
-    ("index without a map", index(None), "no usable weight_map"),
-    ("index with an odd map", index({NORM: 3}), "no usable weight_map"),
-    ("missing tensor", weights_in(lambda t: {k: v for k, v in t.items() if k != NORM}), f"missing tensors: {NORM}; unexpected tensors: none"),
-    ("unexpected tensor", weights_in(lambda t: t | {"model.extra": torch.ones(1)}), "missing tensors: none; unexpected tensors: model.extra"),
-    ("mis-shaped tensor", weights_in(lambda t: t | {NORM: torch.ones(9)}), rf"tensor {NORM} is F32 of shape \[9\].*\[8\]"),
-    ("scalar tensor", weights_in(lambda t: t | {NORM: torch.tensor(1.0)}), f"tensor {NORM} is F32 of shape"),
-    ("integer tensor", weights_in(lambda t: t | {NORM: torch.ones(8, dtype=torch.int8)}), f"tensor {NORM} is I8"),
-    ("fp8 tensor", weights_in(lambda t: t | {NORM: torch.ones(8).to(torch.float8_e4m3fn)}), f"tensor {NORM} is F8_E4M3"),
-    ("no head", weights_in(lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}), "missing tensors: lm_head.weight"),
-    ("halves that differ", config(tie_word_embeddings=True), "lm_head.weight and model.embed_tokens.weight differ"),
-    ("generation config", file("generation_config.json", b"nonsense"), "generation_config.json: cannot be read as JSON"),
-]
+@needs_shared
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_data_real_tokenizers_are_saved_unchanged_and_encode_as_transformers(name, tmp_path):
+    for path in (REAL / name).glob("*.[jt]*"):  # all but the weights
+        put(tmp_path / "source" / path.name, path.read_bytes())
+    tok = Tokenizer.from_pretrained(tmp_path / "source")
+    shutil.rmtree(tmp_path / "source")  # not needed any more
+    assert (tok.eos_id, tok.bos_id, tok.adds_bos, tok.has_template, tok.stop_ids()) == TOKENIZERS[name]
+    tok.save_pretrained(tmp_path)
+    Tokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)  # onto itself: empties nothing
+    assert Tokenizer.from_pretrained(tmp_path).chat_template == tok.chat_template
+    assert all(path.read_bytes() == (REAL / name / path.name).read_bytes() for path in tmp_path.iterdir())
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(REAL / name)
+    if name == "tokenizers/smollm":
+        # transformers 5 builds it from the vocabulary and merges alone, and so loses the Digits splitter of
+        # this tokenizer.json, with which the model was trained. transformers 4 kept it.
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(REAL / name / "tokenizer.json"))
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False, truncation=False, padding=False).input_ids
+        assert tok.encode(text) == ids
+        assert tok.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
 
 
-@pytest.mark.parametrize("build, expected", [case[1:] for case in BAD_MODELS], ids=[case[0] for case in BAD_MODELS])
-def test_bad_models(build, expected, tmp_path):
-    """One line that says what and where, and nothing else raised."""
-    tiny_checkpoint(tmp_path)
-    build(tmp_path)
-    with pytest.raises(UserError, match=expected) as error:
-        Transformer.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+@needs_shared
+def test_data_tokenizer_of_opt_is_read(tmp_path):
+    """vocab.json and merges.txt alone, BOS = EOS, which special_tokens_map.json names, and add_bos_token."""
+    for name in ("vocab.json", "merges.txt"):
+        put(tmp_path / name, (REAL / "tokenizers/gpt2" / name).read_bytes())
+    put(tmp_path / "tokenizer_config.json", {"add_bos_token": True, "bos_token": {"content": END}})
+    put(tmp_path / "special_tokens_map.json", {"eos_token": END})
+    tok = Tokenizer.from_pretrained(tmp_path)
+    assert (tok.eos_id, tok.bos_id, tok.adds_bos) == (50256, 50256, True)
+    assert tok.encode("".join(TEXTS)) == data_real_tokenizer("tokenizers/gpt2").encode("".join(TEXTS))
 
 
-def test_hub_id_offline(monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("nobody-here/no-such-model", "no such form", "/no/such/directory"):
-        with pytest.raises(UserError, match=name):
-            Transformer.from_pretrained(name)
+def test_data_bos_of_a_post_processor_is_not_switched_off_by_add_bos_token(tmp_path):
+    """Nor is it in transformers 5."""
+    files = {"tokenizer.json": byte_tokenizer(post_processor=True).backend.to_str()}
+    assert data_loading(files, bos_token="<s>", add_bos_token=False)(tmp_path).adds_bos
 
 
-def test_config_fuzz(tmp_path):
-    """Whatever stands in config.json: a UserError, or a model that runs."""
-    hypothesis, st, settings = hypothesis_in(tmp_path)
-    names = [*Config.__dataclass_fields__, "n_embd", "n_layer", "n_head", "ffn_dim", "num_local_experts", "sliding_window", "use_sliding_window", "max_window_layers",
-             "layer_types", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "enable_bias", "do_layer_norm_before",
-             "word_embed_proj_dim", "qk_layernorm", "decoder_sparse_step", "mlp_only_layers", "scale_attn_weights", "quantization_config"]
-    scalars = st.none() | st.booleans() | st.integers(-2, 9) | st.floats(width=16) | st.sampled_from(["llama3", "linear", "gelu", "sliding_attention", "x", ""])
-    rope = st.dictionaries(st.sampled_from(["rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"]), scalars)
-    values = scalars | st.lists(scalars, max_size=3) | rope
-    families = st.sampled_from(list(model_module.FAMILIES))
+def test_data_dropout_in_a_tokenizer_file_is_switched_off(tmp_path):
+    model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.9)
+    tok = data_loading({"tokenizer.json": tokenizers.Tokenizer(model).to_str()})(tmp_path)
+    assert tok.encode("ab" * 50) == [2] * 50
 
-    @hypothesis.settings(settings, max_examples=400)
-    @hypothesis.given(families, st.dictionaries(st.sampled_from(names), values, max_size=4), st.sampled_from([{}, {"num_experts": 3, "moe_intermediate_size": 4}]))
-    def check(family, changes, experts):
+
+def test_data_tokenizer_made_here_is_saved_whole_and_read_from_a_hub_cache(tmp_path):
+    tok, cache = demo_tokenizer(), tmp_path / "models--owner--name"
+    revision = cache / "snapshots/0123abc"
+    revision.mkdir(parents=True)
+    tok.save_pretrained(cache / "blobs")
+    for path in (cache / "blobs").iterdir():  # in a real cache its name is a hash
+        (revision / path.name).symlink_to(f"../../blobs/{path.name}")
+    again = Tokenizer.from_pretrained(revision)
+    assert (again.eos_id, again.chat_template, again.encode("é")) == (EOS, tok.chat_template, tok.encode("é"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+SYSTEM, U1, A1 = turn("system", " Be brief. "), user("Hi <b>&amp;</b> 'q' \"d\"\n"), assistant("  Hello!\n")
+U2, A2 = user("你好 é 🙂"), assistant("日本語\n\n<think>\nhm\n</think>\n\nbien sûr </s>")
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"città": "<Zürich>", "n": [1, None]}}}
+CONVERSATIONS = [
+    [U1], [U1, A1], [U1, A1, U2], [U1, A1, U2, A2], [SYSTEM, U1], [SYSTEM, U1, A1, U2, A2], [SYSTEM],
+    [U1, U2], [A1, U1], [SYSTEM, U1, A1, SYSTEM, U2], [user(""), assistant("")], [turn("critic", "x"), A1],
+    [U1, assistant("4") | {"reasoning_content": "2+2\n"}], [U1, A1 | {"tool_calls": None, "name": None}],
+    [U1, assistant("") | {"tool_calls": [CALL]}, turn("tool", "21°"), A1]]
+EACH = "{% for m in messages %}"
+TEMPLATES = [  # a feature or two each
+    EACH + "{% set x = 0 %}{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
+    EACH + "\n  {%- generation -%}\n  {{ m.content }}  \n  {%- endgeneration -%}\n  \n{% endfor %}",
+    EACH + "{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "{{ messages[0] | tojson }}{{ {'é': 1} | tojson(True, indent=2, separators=(',', ':')) }}",
+    "{{ strftime_now('%Y') }}{{ bos_token }}{{ pad_token }}{{ tools is none }}{{ documents is none }}{{ x }}",
+    "{{ raise_exception('no ' + messages[0].role) }}", EACH, "{{ messages[0].nothing.more }}"]
+REAL_TEMPLATES = ["../tokenizers/minimind3/tokenizer_config.json"] + """chatml.json cohere.jinja gemma.jinja
+    llama2.json llama3.jinja llama3_1.jinja mistral.json phi3.5.json phi3.jinja qwen2_5.jinja
+    qwen2_5_training.jinja qwen3.jinja""".split()
+
+
+@pytest.mark.parametrize("template", [
+    *TEMPLATES, *(pytest.param(name, marks=needs_shared) for name in REAL_TEMPLATES)])
+def test_data_templates_render_or_refuse_as_transformers(template):
+    transformers = pytest.importorskip("transformers")
+    least = 8 if template in REAL_TEMPLATES else 0
+    if least:
+        text = (REAL / "chat_templates" / template).read_text("utf-8")
+        template = json.loads(text)["chat_template"] if template.endswith(".json") else text
+    ours = byte_tokenizer(template=template)
+    specials = dict(bos_token="<s>", eos_token=END, pad_token=END, chat_template=template)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, **specials)
+    rendered = 0
+    for messages, opening in [(messages, opening) for messages in CONVERSATIONS for opening in (False, True)]:
         try:
-            c = Config.from_hf(TINY | {"model_type": family, "head_dim": 4} | experts | changes)
-        except UserError:
-            return
-        model = Transformer(c).initialise()
-        tokens = torch.zeros(1, min(4, model.max_positions or 4), dtype=torch.long)
-        assert model.logits(tokens).shape == (*tokens.shape, c.vocab_size)
-
-    @hypothesis.settings(settings, max_examples=300)
-    @hypothesis.given(families, st.dictionaries(st.sampled_from(names), values | st.integers() | st.floats() | st.text() | st.integers(-10**400, 10**400), max_size=4))
-    def check_any_size(family, changes):
-        try:
-            Config.from_hf(TINY | {"model_type": family} | changes)
-        except UserError:
-            pass
-
-    check(), check_any_size()
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+        except Exception as error:
+            with pytest.raises(UserError, match=re.escape(str(error)[:40])):
+                ours.apply_chat_template(messages, opening)
+        else:
+            assert ours.apply_chat_template(messages, opening) == expected
+            rendered += 1
+    assert rendered >= least
 
 
-def test_index_fuzz(tmp_path):
+SEVERAL = [{"name": "tool_use", "template": "tools"}, {"name": "rag", "template": "documents"}]
+
+
+@pytest.mark.parametrize("settings, files, expected", [
+    ({"chat_template": "x"}, {}, "x"), ({"chat_template": "x"}, {"chat_template.jinja": "file"}, "file"),
+    ({"chat_template": [*SEVERAL, {"name": "default", "template": "default"}]}, {}, "default"),
+    ({}, {}, "<|user|>\nq<|endoftext|>\n<|assistant|>\n"),  # the authors'
+    ({"bos_token": None, "chat_template": "{{ bos_token }}."}, {"config.json": {"bos_token_id": 5}}, ".")])
+def test_data_where_the_template_and_its_tokens_come_from(settings, files, expected, tmp_path):
+    tok = data_loading(files, **settings)(tmp_path)
+    assert tok.apply_chat_template([user("q")], True) == expected and tok.has_template == bool(settings)
+
+
+@pytest.mark.parametrize("attack", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ '{0.__class__.__init__.x}'.format(messages).x }}",
+    "{{ raise_exception.__globals__['__builtins__'].open('/etc/passwd') }}", "{% include '/etc/passwd' %}",
+    "{{ (messages | attr('append'))(1) }}", "{{ messages[0].update({'content': 'changed'}) }}",
+    "{{ dict.update(messages[0], {'content': 'changed'}) }}", "{% for i in range(1000000000) %}{% endfor %}",
+    "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3])
+def test_data_templates_cannot_leave_the_sandbox_or_loop_for_ever(attack):
+    messages, start = [user("q")], time.monotonic()
+    with pytest.raises(UserError, match="template"):
+        byte_tokenizer(template=attack).apply_chat_template(messages)
+    assert messages == [user("q")] and time.monotonic() - start < 30
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+
+HI, WHO = "\n\nHuman: hi\n\nAssistant:", "\n\nHuman: who\n\nAssistant:"
+S, Q, G, B = turn("system", "s"), user("q"), assistant("good"), assistant("bad")
+TALK = [S, Q, assistant("a"), user("q2")]
+ALPACA = [data.ALPACA.format(instruction="{Do}.", input=text) for text in ("", "\n\n### Input:\nin")]
+FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as read_pairs gives it
+    "strings, other columns": (PAIR | {"score": 1.5, "id": None, "messages": ["x"]}, "p", "good", "bad"),
+    "not ASCII": (dict(prompt="你好 é", chosen="🙂", rejected="\u2028x"), "你好 é", "🙂", "\u2028x"),
+    "surrogates": (dict(prompt=[Q], chosen=[G | {"x": {"\ud800": ["\udfff", "\U0001F642"]}}], rejected=[B]),
+                   [Q], [G | {"x": {"\ufffd": ["\ufffd", "\U0001F642"]}}], [B]),
+    "shared words": (dict(prompt=None, chosen="It? A cat", rejected="It? A car"), "It? A", " cat", " car"),
+    "shared lines": (dict(chosen="2+2?\nFour", rejected="2+2?\nFive"), "2+2?\n", "Four", "Five"),
+    "nothing shared": (dict(chosen="abc d", rejected="abx d"), "", "abc d", "abx d"),
+    "HH": (dict(chosen=HI + "y" + WHO + "me", rejected=HI + "y" + WHO + "I"), HI + "y" + WHO, "me", "I"),
+    "HH, answers differ": (dict(chosen=HI + "y" + WHO, rejected=HI + "n" + WHO), HI, "y" + WHO, "n" + WHO),
+    "HH, questions differ": (dict(chosen=HI + "yes\n\nHuman: a" + HI, rejected=HI + "yes\n\nHuman: b" + HI),
+                             HI + "yes\n\nHuman:", " a" + HI, " b" + HI),  # the Assistant: there has answered
+    "shared turns": (dict(chosen=[*TALK, G], rejected=[*TALK, B]), TALK, [G], [B]),
+    "ids, spaces": (dict(chosen=[Q | {"id": 1}, G], rejected=[user("q\n"), B]), [Q | {"id": 1}], [G], [B]),
+    "one continues the other": (dict(chosen=[Q, G, Q], rejected=[Q, G]), [Q], [G, Q], [G]),
+    "several turns to answer": (dict(chosen=[Q, G, Q, G], rejected=[Q, B]), [Q], [G, Q, G], [B]),
+    "ultrafeedback": (dict(prompt=" q\n", chosen=[S, Q, G], rejected=[S, Q, B], score=9.0), [S, Q], [G], [B]),
+    "prompt not repeated, system": (dict(prompt="q", chosen=[S, G], rejected=[S, B]), [S, Q], [G], [B]),
+    "alpaca": (PAIR | dict(prompt=None, instruction="{Do}.", input=""), ALPACA[0], "good", "bad"),
+    "alpaca, input": (PAIR | dict(prompt=None, instruction="{Do}.", input="in"), ALPACA[1], "good", "bad"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_every_form_of_a_row_is_read(form, tmp_path):
+    row, *parts = FORMS[form]
+    rows = read_pairs(put(tmp_path / "a.jsonl", [row, row]))
+    assert rows == [dict(zip(PAIR, parts))] * 2 and all(encode_pair(rows[0], byte_tokenizer()))
+
+
+def test_data_every_kind_of_file_is_read(tmp_path):
+    row, *parts = FORMS["not ASCII"]
+    lines, listed = json.dumps(row, ensure_ascii=False).encode() + b"\n", json.dumps([row], indent=1).encode()
+    crlf, bom = b"\n \r\n" + lines.replace(b"\n", b"\r\n\n\t\n"), b"\xef\xbb\xbf"
+    kinds = {"a.jsonl": [lines, lines[:-1], bom + lines, crlf], "a.json": [lines, listed, bom + listed],
+             "a.jsonl.gz": [gzip.compress(lines)], "a.json.gz": [gzip.compress(listed)]}
+    for name, content in [(name, content) for name in kinds for content in kinds[name]]:
+        assert read_pairs(put(tmp_path / name, content)) == [dict(zip(PAIR, parts))]
+
+
+def test_data_parquet_is_read_whatever_its_other_columns_hold(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"chosen": [[Q, G | {"name": "n"}]], "rejected": [[Q, B]]}
+    columns["when"] = pyarrow.array([2**62], pyarrow.timestamp("us"))  # no Python date
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    [row] = read_pairs(tmp_path / "a.parquet")
+    assert [row[part][0]["content"] for part in PAIR] == ["q", "good", "bad"]
+    tok = byte_tokenizer(template=EACH + "{{ 'name' in m }} {% endfor %}")  # parquet gives every turn the key
+    assert tok.apply_chat_template(row["prompt"] + row["chosen"]) == "False True "
+    with pytest.raises(UserError, match=r"b\.parquet"):
+        read_pairs(put(tmp_path / "b.parquet", (tmp_path / "a.parquet").read_bytes()[:-9]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        read_pairs(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("sources, expected", [
+    ("12:00", "abc"), ("x", "abc"), ("x:train", "abc"), ("x:test", "t"), ("x:train_sft", "s"),
+    (["x/test.json", "x/train.jsonl"], "tc"), (["x/train.jsonl", "x/test.json"], "ct")])  # in their order
+def test_data_sources_and_splits(sources, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"data/train-00000-of-00002.jsonl": "a", "data/train-00001-of-00002.jsonl": "b", "train.txt": "-",
+             "data/train_sft-00000-of-00001.jsonl": "s", "train.jsonl": "c", "test.json": "t"}
+    for name, mark in files.items():
+        put(tmp_path / ("12:00" if sources == "12:00" else "x") / name, [PAIR | {"chosen": mark}])
+    assert "".join(row["chosen"] for row in read_pairs(sources)) == expected
+
+
+@needs_shared
+def test_data_hh_prompts_end_where_the_assistant_speaks():
+    lines = gzip.open(REAL / "pref/hh_harmless_test.jsonl.gz", "rt", encoding="utf-8")
+    for row, whole in zip(data_real_rows("hh_harmless_test.jsonl.gz"), map(json.loads, lines), strict=True):
+        assert row["prompt"].endswith("\n\nAssistant:")
+        assert all(whole[part] == row["prompt"] + row[part] for part in ("chosen", "rejected"))
+        assert "\n\nAssistant:" not in os.path.commonprefix([row["chosen"], row["rejected"]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ids: BOS, EOS, the boundary, truncation
+
+END = "<|endoftext|>"
+TURNS = EACH + "[{{ m.role[0] }}]{{ m.content }}CLOSE{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+
+
+def data_parts(row, tokenizer):
+    return [tokenizer.decode(part) for part in encode_pair(row, tokenizer)]
+
+
+@pytest.mark.parametrize("content, close, expected", [
+    ("a", "", "a"), ("a", END + "\n", "a"), ("a", END + "\n" + END, "a"), ("a" + END, END, "a"),
+    ("a", "</turn>\n", "a</turn>\n"), ("a", END + "</turn>", "a" + END + "</turn>"),
+    ("a \n", None, "a \n"), ("a" + END + "\n", None, "a"), ("a" + END + "b", None, "a" + END + "b")])
+def test_data_responses_end_in_eos_exactly_once(content, close, expected):
+    """close: what the template writes after a turn; None: the row has strings."""
+    tok = byte_tokenizer(template=TURNS.replace("CLOSE", close or ""))  # its pad token is EOS, too
+    row = PAIR | {"chosen": content} if close is None else conversation(content, prompt="")
+    assert data_parts(row, tok)[1] == expected + END and encode_pair(row, tok)[2][-1] == EOS
+
+
+@pytest.mark.parametrize("options, written, prompt, expected", [  # written: by the data or the template
+    ({}, "", "abc", "abc"), ({}, "<s>", "abc", "<s>abc"), ({"adds_bos": True}, "", "abc", "<s>abc"),
+    ({"post_processor": True}, "", "abc", "<s>abc"), ({"post_processor": True}, "<s>", "abc", "<s>abc"),
+    ({"adds_bos": True, "bos": False}, "", "abc", "abc"),
+    ({}, "", "", "<s>"), ({"post_processor": True}, "", "", "<s>"), ({"bos": False}, "", "", END)])
+def test_data_prompts_begin_with_bos_exactly_once_and_are_never_empty(options, written, prompt, expected):
+    tok = byte_tokenizer(template=written + EACH + "{{ m.content }}{% endfor %}", **options)
+    for row in (conversation("c", "r", prompt), dict(prompt=written + prompt, chosen="c", rejected="r")):
+        assert data_parts(row, tok) == [expected, "c" + END, "r" + END]
+
+
+@pytest.mark.parametrize("template, row, expected", [  # no template: GPT-2's own tokens
+    ("{{ bos_token }}" + TURNS, dict(prompt=[], chosen=[G], rejected=[B]), ["<s>", "[a]good", "[a]bad"]),
+    (TURNS.replace("[a]{%", "[a]<think>{%"), conversation(), ["[u]q[a]", "good", "bad"]),  # as DeepSeek's
+    pytest.param("", dict(prompt="Hello wor", chosen="ld one", rejected="k two"),
+                 ["Hello", " world one", " work two"], marks=needs_shared)])
+def test_data_prompt_ends_where_the_three_texts_part(template, row, expected):
+    tok = byte_tokenizer(post_processor="bos" in template, template=template.replace("CLOSE", ""))
+    parts = data_parts(row, tok if template else data_real_tokenizer("tokenizers/gpt2"))
+    assert parts == [expected[0], expected[1] + END, expected[2] + END]
+
+
+@pytest.mark.parametrize("lengths, kept", [
+    ((100, 950, 950), (100, 924, 924)), ((10, 1020, 400), (10, 1014, 400)), ((513, 512, 2), (512, 512, 2)),
+    ((1000, 24, 24), (1000, 24, 24)), ((1000, 25, 24), (512, 25, 24)), ((2000, 2000, 900), (512, 512, 512))])
+@pytest.mark.parametrize("mode", ["keep_end", "keep_start"])
+@pytest.mark.parametrize("bos, limit", [(False, None), (True, 512)])  # None: half of max_length
+def test_data_truncation_cuts_the_prompt_first_and_keeps_bos(lengths, kept, mode, bos, limit):
+    """Lengths in tokens: the prompt's includes BOS, a response's its EOS."""
+    tok, letters = byte_tokenizer(post_processor=bos), "abcdefghijklmnopqrstuvwxyz" * 100
+    texts = letters[: lengths[0] - bos], "A" + letters[: lengths[1] - 2], "B" + letters[: lengths[2] - 2]
+    limits = dict(max_length=1024, max_prompt_length=limit, truncation_mode=mode)
+    prompt, *responses = encode_pair(dict(zip(PAIR, texts)), tok, **limits)
+    room = kept[0] - bos
+    assert prompt == [BOS] * bos + tok.encode(texts[0][-room:] if mode == "keep_end" else texts[0][:room])
+    assert responses == [(tok.encode(text) + [EOS])[:length] for text, length in zip(texts[1:], kept[1:])]
+
+
+LONG = "x" * 30
+data_report = "{} rows read, {} kept: {} equal, {} empty, {} cut, {} dropped".format
+
+
+@pytest.mark.parametrize("rows, kept, report", [  # report: how many equal, empty, cut, dropped
+    ([PAIR | {"rejected": "good"}, PAIR | {"chosen": END}, PAIR], [3], (1, 0, 0, 1)),
+    ([PAIR, PAIR | {"chosen": ""}, PAIR | {"rejected": " \n\u3000"}], [1], (0, 2, 0, 0)),
+    ([PAIR, conversation(), conversation(" "), conversation("bad")], [1, 2], (1, 1, 0, 0)),
+    ([PAIR | {"chosen": LONG}, PAIR | {"prompt": LONG}], [1, 2], (0, 0, 2, 0)),
+    ([PAIR | {"chosen": LONG + "a", "rejected": LONG + "b"}, PAIR], [2], (1, 0, 0, 0))])  # equal once cut
+def test_data_rows_left_out_are_counted_by_reason(rows, kept, report):
+    pairs = tokenize_pairs(rows, byte_tokenizer(template=TURNS.replace("CLOSE", "")), max_length=20)
+    assert pairs.report.startswith(data_report(len(rows), len(kept), *report))
+    assert pairs.rows.tolist() == kept and pairs.spans()[:, 1:].min() > 0
+
+
+@needs_shared
+@pytest.mark.parametrize("file, name, report", [
+    ("hh_harmless_test.jsonl.gz", "gpt2", (2312, 2308, 0, 4, 0, 0)),
+    ("rasbt_instruction_preference.json", "gpt2", (1100, 1094, 6, 0, 0, 0)),
+    ("orca.ultrafeedback_shape.jsonl", "qwen2.5", (284, 284, 0, 0, 14, 0)),
+    ("dpo_en_demo.conv_explicit.jsonl", "minimind3", (300, 300, 0, 0, 137, 0))])
+def test_data_real_files_are_counted_kept_within_the_length_and_held_in_little_memory(file, name, report):
+    rows, tok = data_real_rows(file), data_real_tokenizer(f"tokenizers/{name}")
+    tracemalloc.start()
+    pairs = tokenize_pairs(rows, tok)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    prompt, chosen, rejected = (pairs.spans() + [1, 0, 0]).T
+    assert pairs.report.startswith(data_report(*report)) and held <= 6 * len(pairs.tokens) + 20_000
+    assert np.minimum(chosen, rejected).min() >= 1 and (prompt + np.maximum(chosen, rejected)).max() <= 1024
+    assert all(part.tolist().count(tok.eos_id) <= 1 for i in range(100) for part in pairs[i][1:])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs as flat arrays, packs, the order of the steps
+
+
+def test_data_pairs_are_flat_arrays():
+    rows = [dict(prompt="p" * i, chosen="c" * (i + 1), rejected="r" * (2 * i + 1)) for i in range(1200)]
+    pairs = tokenize_pairs(rows, byte_tokenizer(), max_length=500)
+    few = pairs.select([5, 3, 1199])
+    assert pairs.tokens.dtype == few.tokens.dtype == np.int32 and pairs.spans()[7].tolist() == [6, 9, 16]
+    assert pairs.rows.tolist() == list(range(1, 1201)) and few.rows.tolist() == [6, 4, 1200]
+    for part, i in [(pairs[0], 0), (pairs[511], 511), (pairs[512], 512), (few[0], 5), (few[2], 1199)]:
+        assert [ids.tolist() for ids in part] == list(encode_pair(rows[i], byte_tokenizer(), max_length=500))
+
+
+def test_data_a_pack_is_the_drawing():
+    batch = pack([([10, 11, 12, 13], [20, 21, 22], [30, 31]), ([40], [50], [60, 61])])
+    #                                 prefix      | chosen    | rejected || the second pair has no prefix
+    assert batch.inputs.tolist() == [10, 11, 12, 13, 20, 21, 13, 30, 40, 40, 60]
+    assert batch.targets.tolist() == [11, 12, 13, 20, 21, 22, 30, 31, 50, 60, 61]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 0, 0, 1]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 4, 5, 5]
+    assert batch.spans.tolist() == batch.counts.tolist() == [[3, 3, 2], [0, 1, 2]]
+    assert batch.cu_q.tolist() == [0, 6, 8, 9, 11] and batch.cu_k.tolist() == [0, 6, 11, 12, 14]
+    assert batch.kv_index.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8, 9, 10]
+    assert (batch.max_q, batch.max_k, batch.scored, batch.cu_q.dtype) == (6, 6, None, torch.int32)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("capacity", [50, 64, 500, 10**6])
+def test_data_deal_makes_few_and_even_packs_for_every_rank(ranks, capacity):
+    lengths = np.random.default_rng(ranks).integers(1, 51, 200)
+    packs = data.deal(lengths, capacity, ranks)
+    sums = [lengths[members].sum() for members in packs]
+    assert sorted(sum(packs, [])) == list(range(200)) and len(packs) % ranks == 0
+    assert max(sums) <= capacity and max(sums) - min(sums) <= lengths.max()
+    assert len(packs) <= 11 / 9 * math.ceil(lengths.sum() / capacity) + ranks  # as first-fit decreasing
+    assert [len(data.deal([10] * 8, 40, some)) for some in (1, 2, 3)] == [2, 2, 3]
+
+
+@pytest.mark.parametrize("max_tokens", [40, 100, 10**6])
+@pytest.mark.parametrize("prompt_loss, ranks", [(True, 1), (False, 2), (True, 7), (False, 40)])
+def test_data_packs_predict_every_token_once_and_are_as_many_on_every_rank(ranks, max_tokens, prompt_loss):
+    lengths, indices = np.random.default_rng(0).integers(1, 12, 180), data.epoch_order(60, 0, 0)[:33]
+    pairs = Pairs(np.arange(lengths.sum()), lengths.cumsum(), np.arange(60))  # every token is another one
+    options = dict(ranks=ranks, prompt_loss=prompt_loss)
+    of_ranks = [make_packs(pairs, indices, max_tokens, rank=rank, **options) for rank in range(ranks)]
+    packs = sum(of_ranks, [])
+    assert len(set(map(len, of_ranks))) == 1 and max(len(batch.inputs) for batch in packs) <= max_tokens
+    assert {batch.share for batch in packs} <= {0.0, 1.0}  # 0: keeps a rank in step, and does not count
+    targets = [b.targets if b.scored is None else b.targets[b.scored] for b in packs if b.share]
+    wanted = [np.concatenate(pairs[i])[1 if prompt_loss else len(pairs[i][0]) :] for i in indices]
+    assert sorted(torch.cat(targets).tolist()) == sorted(np.concatenate(wanted).tolist())
+
+
+def test_data_order_of_an_epoch_depends_on_seed_and_epoch_alone_and_steps_take_all_of_it():
+    first = data.epoch_order(100, 3, 5)
+    assert sorted(first) == list(range(100)) and (data.epoch_order(100, 3, 5) == first).all()
+    assert all((data.epoch_order(100, *other) != first).any() for other in [(3, 6), (4, 5), (5, 3)])
+    steps, done = zip(*(data.step_indices(10, 4, 3, step) for step in range(6)))
+    assert done == (0.4, 0.8, 1, 1.4, 1.8, 2) and len(steps[2]) == len(steps[5]) == 2
+    order = [*data.epoch_order(10, 3, 0), *data.epoch_order(10, 3, 1)]
+    assert np.concatenate(steps).tolist() == order
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input: one line that says where
+
+GOOD_LINE = json.dumps(PAIR).encode() + b"\n"
+
+
+def data_reading(name, content):
+    return lambda d: read_pairs(put(d / name, content))
+
+
+def data_second(row):
+    """A good line, then this one."""
+    return data_reading("a.jsonl", GOOD_LINE + (row if isinstance(row, bytes) else json.dumps(row).encode()))
+
+
+def data_spoilt(spoil):
+    """A model's directory, once `spoil` has been at the place of a file."""
+    file = "model/chat_template.jinja"
+    return lambda d: (data_loading()(d), spoil(d / file), Tokenizer.from_pretrained(d / "model"))
+
+
+def data_of_two_files(d):
+    """What fails is the second row of the second one."""
+    files = [put(d / "a.jsonl", [PAIR]), put(d / "b.jsonl", [conversation(), conversation(prompt="?")])]
+    template = "{% if messages[0].content == '?' %}{{ raise_exception('Only yes') }}{% endif %}"
+    return tokenize_pairs(read_pairs(files), byte_tokenizer(template=template))
+
+
+BAD_DATA = {  # what is wrong: (what meets it, what the line says)
+    "no file": (lambda d: read_pairs(d / "no.jsonl"), r"no\.jsonl: "),
+    "blank file": (data_reading("a.jsonl", "\n \n\r\n"), r"a\.jsonl: no rows"),
+    "no such split": (lambda d: (put(d / "test.jsonl", [PAIR]), read_pairs(d)), r"'train'.*test\.jsonl"),
+    "no network": (lambda d: read_pairs("no-such-owner/no-such-set"), "no-such-owner/no-such-set.* hub"),
+    "cut off": (data_reading("a.jsonl.gz", gzip.compress(GOOD_LINE * 9999)[:-9]), r"\.jsonl\.gz, line \d\d"),
+    "not UTF-8": (data_second(b'{"prompt": "\xff"}'), r"a\.jsonl, line 2: .*utf"),
+    "broken line": (data_second(b'\n{"prompt": \n'), r"a\.jsonl, line 3: "),
+    "broken list": (data_reading("a.json", b"[\n" + GOOD_LINE + b",\n{]"), r"a\.json: .*line 4"),
+    "nested too deeply": (data_second(b"[" * 100000), r"a\.jsonl, line 2: "),
+    "turns nested deeply": (data_second(b'{"chosen": [{"x": %s}]}' % (b"[" * 900 + b"]" * 900)), "line 2: "),
+    "a string as row": (data_reading("a.json", json.dumps([PAIR, "text"])), r"a\.json, row 2: .*str"),
+    "no rejected": (data_second(dict(question="q", chosen="c")), "line 2: .*question: str, chosen: str"),
+    "turn without content": (data_second(dict(chosen=[{"role": "a"}], rejected=[B])), "line 2: .*messages"),
+    "forms mixed": (data_second(dict(chosen="a b", rejected="a c")), r"a\.jsonl, line 2: "),
+    "other prompt": (data_reading("a.jsonl", [dict(prompt="x", chosen=[Q, G], rejected=[Q, B])]), "line 1: "),
+    "nothing left": (lambda d: tokenize_pairs([conversation("bad")], byte_tokenizer()), "0 kept: 1 equal"),
+    "template refuses": (data_of_two_files, r"b\.jsonl, line 2\b.*Only yes"),
+    "no default": (lambda d: data_loading(chat_template=SEVERAL)(d).apply_chat_template([Q]), "use, rag"),
+    "no EOS": (lambda d: encode_pair(PAIR, Tokenizer(demo_tokenizer().backend, {})), "eos_token"),
+    "no tokenizer": (lambda d: Tokenizer.from_pretrained(d), r"no tokenizer\.json"),
+    "broken tokenizer.json": (data_loading({"tokenizer.json": '{"model": '}), r"model/tokenizer\.json"),
+    "broken settings": (data_loading({"tokenizer_config.json": "{"}), r"tokenizer_config\.json: "),
+    "a string as truth": (data_loading(add_bos_token="false"), "model.*add_bos_token"),
+    "link out": (data_spoilt(lambda path: path.symlink_to(__file__)), r"chat_template\.jinja: "),
+    "FIFO": (data_spoilt(os.mkfifo), r"chat_template\.jinja: "),
+    "JSON of another kind": (lambda d: read_json(put(d / "config.json", "3")), r"config\.json: .*int"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_DATA)
+def test_data_bad_input_ends_in_one_line_that_says_where(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    meet, expected = BAD_DATA[wrong]
+    with pytest.raises(UserError, match=expected) as caught:
+        meet(tmp_path)
+    assert "\n" not in str(caught.value) and caught.value.status == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fuzz: a result or a UserError, never anything else
+
+
+def data_mutated(original, place, cut, inserted):
+    """The bytes, `cut` of them at a place (a fraction of the whole) replaced."""
+    at = int(place * len(original))
+    return original[:at] + inserted + original[at + cut :]
+
+
+@pytest.mark.parametrize("target", ["a.jsonl", "a.json.gz", "rows.jsonl", "tokenizer"])
+def test_data_fuzz_gives_a_result_or_a_user_error(target, tmp_path):
     hypothesis, st, settings = hypothesis_in(tmp_path / "notes")
-    tiny_checkpoint(tmp_path)
-    index(None)(tmp_path)
-    json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
-    maps = st.dictionaries(st.text(), json_values | st.text().map(lambda name: name + ".safetensors"), max_size=4)
+    texts = st.text(st.characters(), max_size=8) | st.sampled_from(["a b", "\ud800", " ", HI + " x", END])
+    turns = st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), max_size=3)
+    leaves = st.none() | st.integers() | st.floats() | texts | turns
+    values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=5)
+    columns = st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"])
+    snippets = st.sampled_from([b"\\ud800", b"null", b"[", b"{", b"\n", b"1e999"]) | st.binary(max_size=4)
+    edit = st.floats(0, 1), st.integers(0, 20), snippets
+    originals = [json.dumps(row).encode() + b"\n" for row, *_ in FORMS.values()] + [b"[" + GOOD_LINE + b"]"]
+    mutated = st.builds(data_mutated, st.sampled_from(originals), *edit) | st.binary(max_size=99)
+    contents = {"a.jsonl": mutated, "a.json.gz": st.builds(data_mutated, mutated.map(gzip.compress), *edit),
+                "rows.jsonl": st.lists(st.dictionaries(columns, values) | values, min_size=1, max_size=3),
+                "tokenizer": st.dictionaries(st.sampled_from(["eos_token", "chat_template"]), values)}
 
-    @hypothesis.settings(settings, max_examples=300)
-    @hypothesis.given(json_values | st.fixed_dictionaries({"weight_map": json_values | maps}))
-    def check(value):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(value))
-        with pytest.raises(UserError):
-            _weight_files(tmp_path)
+    def check(content):
+        try:
+            if target == "tokenizer":
+                rows, tok = [conversation(), PAIR], data_loading({"tokenizer_config.json": content})(tmp_path)
+            else:
+                rows, tok = read_pairs(put(tmp_path / target, content)), byte_tokenizer()
+            assert all(set(row) == set(PAIR) and len(set(map(type, row.values()))) == 1 for row in rows)
+            tokenize_pairs(rows, tok, max_length=16)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
 
-    check()
-
-
-MEASURE = """
-import sys, torch
-from model import Transformer
-memory = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-Transformer.from_pretrained(sys.argv[1])  # a tiny one: libraries are loaded, pools are there
-before = memory("VmRSS")
-model = Transformer.from_pretrained(sys.argv[2])
-print((memory("VmHWM") - before) / (4 * sum(p.numel() for p in model.parameters())))
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_peak_memory_of_loading(dtype, tmp_path):
-    """At most 1.15 times the fp32 parameters, the file's mapped pages included."""
-    tiny_checkpoint(tmp_path / "tiny")
-    layers = int(os.environ.get("ORPO_TEST_LAYERS", 8))  # 300 MB; 32 layers: 1.1 GB
-    hf = TINY | dict(vocab_size=16000, hidden_size=768, intermediate_size=2304, num_hidden_layers=layers, num_attention_heads=12, tie_word_embeddings=True)
-    Transformer(Config.from_hf(hf), hf).save_pretrained(tmp_path / "large", dtype=dtype)
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.abspath(model_module.__file__))}
-    run = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "tiny", tmp_path / "large"], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) <= 1.15
+    hypothesis.settings(settings, max_examples=200)(hypothesis.given(contents[target])(check))()
 
 
-KILLS = int(os.environ.get("ORPO_KILLS", 2))  # how many runs are killed; 20: the thorough version of this section
+# ---------------------------------------------------------------------------------------------------------
+# Tiny checkpoints whose weights are a formula, so that everyone has the same: odd sizes, few key/value heads,
+# heads wider than hidden / heads where a family allows it, an epsilon that is large enough to be missed
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers. A process of its own costs a second with a fork server that has imported torch, three without.
+SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=44, num_hidden_layers=3, num_attention_heads=6,
+             num_key_value_heads=2, max_position_embeddings=128)
+OPT = dict(vocab_size=53, hidden_size=80, ffn_dim=44, num_hidden_layers=3, num_attention_heads=5)
+GPT2 = dict(vocab_size=53, n_embd=80, n_layer=3, n_head=5, n_positions=128, layer_norm_epsilon=0.02)
+EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20)  # Mixtral has names of its own
+LAYER_NORM = dict(SIZES, layer_norm_eps=0.02)
+BASES = {"opt": OPT, "gpt2": GPT2, "phi": LAYER_NORM, "stablelm": LAYER_NORM}
+
+
+def plain(model_type="llama", **changes):
+    """config.json of a tiny model, as a dict."""
+    return {"model_type": model_type} | BASES.get(model_type, dict(SIZES, rms_norm_eps=0.02)) | changes
+
+
+def build(model_type="llama", **changes):
+    hf = plain(model_type, **changes)
+    return Transformer(Config.from_hf(hf), hf).initialise(7).eval()
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, OPT_EMBEDDING = "lm_head.weight", "model.decoder.embed_tokens.weight"
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
+TIED, APART = dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)
+LINEAR = {"type": "linear", "factor": 4.0}
+SLOWED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+SLOWED["original_max_position_embeddings"] = 64
+WINDOW, FULL, SLIDING = dict(sliding_window=6, use_sliding_window=True), "full_attention", "sliding_attention"
+CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes others, see there_and_back
+    "llama": plain("llama", **TIED, head_dim=16),
+    "llama3": plain("llama", rope_scaling=SLOWED, attention_bias=True, mlp_bias=True),
+    "llama-linear": plain("llama", head_dim=24, rope_theta=500.0, rope_scaling=LINEAR, hidden_act="gelu"),
+    "mistral": plain("mistral", head_dim=24, sliding_window=7),
+    "qwen2": plain("qwen2", **TIED, **WINDOW, layer_types=[SLIDING, FULL, SLIDING]),
+    "qwen3": plain("qwen3", **TIED, rope_parameters={"rope_theta": 500.0, "rope_type": "default"}),
+    "qwen3-biases": plain("qwen3", **WINDOW, max_window_layers=2, head_dim=10, attention_bias=True),
+    "smollm3": plain("smollm3", num_hidden_layers=4, pad_token_id=1),  # the last layer not rotated
+    "smollm3-list": plain("smollm3", **APART, pad_token_id=1, no_rope_layers=[0, 1, 0], attention_bias=True),
+    "phi3": plain("phi3", sliding_window=7, pad_token_id=1),
+    "phi3-partial": plain("phi3", **TIED, partial_rotary_factor=0.5, pad_token_id=1),
+    "stablelm": plain("stablelm", hidden_size=96, use_qkv_bias=True),  # 4 of 16 rotated
+    "stablelm-parallel": plain("stablelm", use_parallel_residual=True, partial_rotary_factor=0.5),
+    "phi": plain("phi", hidden_size=96, partial_rotary_factor=0.4),  # 6 of 16 rotated
+    "phi-norms": plain("phi", qk_layernorm=True, rope_theta=300.0),
+    "opt": plain("opt"),
+    "opt-350m": plain("opt", word_embed_proj_dim=24, do_layer_norm_before=False),
+    "opt-bare": plain("opt", **APART, enable_bias=False, _remove_final_layer_norm=True),
+    "gpt2": plain("gpt2"),
+    "gpt2-untied": plain("gpt2", **APART, n_inner=44, activation_function="gelu"),
+    "mixtral": plain("mixtral", num_local_experts=5, num_experts_per_tok=2, sliding_window=7),
+    "mixtral-odd": plain("mixtral", **TIED, intermediate_size=27, num_local_experts=3, num_experts_per_tok=3),
+    "qwen3moe": plain("qwen3_moe", **EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0]),
+    "qwen3moe-sparse": plain("qwen3_moe", **EXPERTS, decoder_sparse_step=2, attention_bias=True),
+}
+# empty prefix, one-token responses, long ones, many: longer than any window
+LENGTHS = [(1, 1, 1), (1, 5, 9), (13, 1, 7), (9, 12, 1), (17, 11, 14), (2, 3, 20), (1, 19, 1), (16, 9, 13)]
+
+
+def by_formula(name, shape):
+    """The tensor that a file holds under this name: waves; norms near one, biases near zero."""
+    i = torch.arange(math.prod(shape), dtype=torch.float64)
+    wave = torch.sin(0.37 * i * i + int.from_bytes(name.encode(), "big") % 997).view(shape)
+    is_scale = ("norm" in name or "ln_" in name) and name.endswith("weight")
+    return wave * 1.7 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.4 * wave + is_scale
+
+
+def rewrite(path, change):
+    """Pass the tensors of a file through `change`, a function from {name: tensor} to the same."""
+    tensors = {key: value.contiguous() for key, value in change(load_file(path)).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
-def forks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
-        patch.setenv("OMP_WAIT_POLICY", "passive")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "sample"])
-        first = context.Process(target=exec, args=("pass", {}))  # the server starts here, with this environment
-        first.start()
-        first.join()
-        yield context
+def checkpoint(tmp_path_factory):
+    """checkpoint(name) -> the directory of a model under Hugging Face's names, made once."""
+    @functools.cache
+    def make(name, dtype=torch.float32):
+        directory = tmp_path_factory.mktemp(name)
+        build(**CHECKPOINTS[name]).save_pretrained(directory, dtype=dtype)
+        rewrite(directory / WEIGHTS, lambda w: {key: by_formula(key, w[key].shape).to(dtype) for key in w})
+        return directory
+    return make
 
 
-def start(forks, log, arguments, *, script="train.py", before="", environment={}):
-    """Run a script in a process of its own; what it prints goes to `log`.out and `log`.err. `before`: code to run first."""
-    for name in ("out", "err"):
-        Path(f"{log}.{name}").write_text("")
-    code = f"""
-import os, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-for number, name in ((1, "out"), (2, "err")):
-    os.dup2(os.open({str(log)!r} + "." + name, os.O_WRONLY), number)
-os.environ.update({environment!r})
-sys.argv = {[script, *map(str, arguments)]!r}
-{before}
-runpy.run_path({str(HERE / script)!r}, run_name="__main__")
-"""
-    process = forks.Process(target=exec, args=(code, {"__name__": "child"}))
-    process.start()
-    return process
+load = Transformer.from_pretrained
 
 
-def finish(process, log, seconds=120):
+def load_in_transformers(directory):
+    """The same files as transformers reads them; nothing missing, nothing left over."""
+    auto = pytest.importorskip("transformers", reason="transformers is the reference").AutoModelForCausalLM
+    model, info = auto.from_pretrained(directory, output_loading_info=True, experts_implementation="eager")
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def close(ours, theirs, atol=1e-5, rtol=0.0):
+    """Tensors, or lists or dicts of them."""
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
+
+
+def with_gradients(model, values):
+    """values (T,), and the gradient of each parameter of a mixture of them."""
+    model.zero_grad(set_to_none=True)
+    (values @ torch.arange(float(len(values)), device=values.device).cos() / len(values)).backward()
+    return {"values": values.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What everyone can check: golden numbers, and Llama as one writes it on a blackboard
+
+IDS = np.array([(7 * n * n + 3) % 53 for n in range(20)])
+GOLDEN = {  # transformers 5.23: four logits; log-probabilities of the chosen and the rejected response
+    "llama": [-0.76092, 2.99386, -1.73461, 0.60324, -29.76840, -33.16969],
+    "llama3": [-3.26735, -1.13066, -1.91915, 1.70967, -31.23161, -27.06326],
+    "mistral": [-0.71148, -0.03441, 0.10236, 1.67119, -36.47426, -33.25074],
+    "qwen2": [2.44034, 2.79630, 1.84556, -2.19681, -31.95827, -37.99078],
+    "qwen3": [1.49082, -0.95035, 1.99415, -0.49908, -29.23729, -41.16958],
+    "smollm3": [1.43386, 1.96399, -0.29412, -0.65184, -27.97367, -35.68438],
+    "phi3": [-0.01654, 2.77734, -2.46458, -0.70989, -26.90919, -34.96687],
+    "stablelm": [-3.44063, -0.11261, 2.23628, -0.15516, -30.00021, -31.36618],
+    "phi": [-0.05015, 1.01958, 1.62838, -0.64446, -27.59469, -35.06314],
+    "opt": [-0.29413, 0.83844, 0.47223, 0.50490, -35.40018, -38.44374],
+    "gpt2": [-1.04127, 1.31219, 0.87534, 2.75560, -32.06234, -32.90264],
+    "mixtral": [-0.97485, 1.11975, -1.78126, -0.43784, -33.63554, -30.79201],
+    "qwen3moe": [0.37005, 0.37730, -2.44675, -0.30507, -32.95005, -29.05412],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_model_gives_the_golden_numbers(name, checkpoint):
+    model, batch = load(checkpoint(name)), pack([(IDS[:6], IDS[6:13], IDS[13:])])
+    with torch.no_grad():
+        logits, logps = model.logits(torch.tensor(IDS[None]))[0], model(batch)
+    two = [logps[batch.owner == branch].sum() for branch in (1, 2)]
+    close(torch.stack([*logits[[0, 6, 7, 19], [1, 2, 3, 4]], *two]), torch.tensor(GOLDEN[name]), atol=1e-4)
+
+
+def plain_llama(w, tokens, heads=6, kv_heads=2, layers=3, eps=0.02, theta=1e4):
+    """w: {name in the file: tensor}, tokens (T,) -> (T, vocab) logits."""
+    T, D = len(tokens), len(w["model.layers.0.self_attn.q_proj.weight"]) // heads
+    angles = torch.arange(T)[:, None] * theta ** -(torch.arange(0, D, 2).double() / D)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, D / 2)
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"]
+
+    def project(x, name):
+        return x @ w[name + "_proj.weight"].T
+
+    def rotate(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for n in range(layers):
+        attention, mlp = f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
+        h = norm(x, f"model.layers.{n}.input_layernorm")
+        q, k, v = (project(h, f"{attention}.{each}").view(T, -1, D) for each in "qkv")
+        keys, values = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (rotate(k), v))
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), keys) / math.sqrt(D)
+        weights = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+        x = x + project(torch.einsum("hqk,khd->qhd", weights, values).flatten(1), f"{attention}.o")
+        h = norm(x, f"model.layers.{n}.post_attention_layernorm")
+        x = x + project(F.silu(project(h, f"{mlp}.gate")) * project(h, f"{mlp}.up"), f"{mlp}.down")
+    return norm(x, "model.norm") @ w["model.embed_tokens.weight"].T
+
+
+def test_model_is_the_llama_of_the_blackboard(checkpoint):
+    w = {key: value.double() for key, value in load_file(checkpoint("llama") / WEIGHTS).items()}
+    expected = plain_llama(w, torch.tensor(IDS)).float()
+    close(load(checkpoint("llama")).logits(torch.tensor(IDS[None]))[0], expected)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Against transformers, and on real models
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_model_equals_transformers_there_and_back(name, checkpoint, tmp_path, monkeypatch):
+    """Our files in transformers, its files here, those saved again, in shards, in transformers."""
+    tokens, reference = torch.tensor(np.resize(IDS, 61)[None]), load_in_transformers(checkpoint(name))
+    reference.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    monkeypatch.setattr(model_module, "SHARD_BYTES", 30_000)
+    ours.save_pretrained(tmp_path / "again")
+    again = load_in_transformers(tmp_path / "again")
+    with torch.no_grad():
+        for logits in (load(checkpoint(name)).logits(tokens), ours.logits(tokens), again(tokens).logits):
+            close(logits, reference(tokens).logits, atol=1e-4)
+    again.config._name_or_path = reference.config._name_or_path
+    assert again.config.to_dict() == reference.config.to_dict()
+    assert read_json(tmp_path / "again" / INDEX)["weight_map"].keys() == load_file(tmp_path / WEIGHTS).keys()
+    assert again.generation_config.to_dict() == reference.generation_config.to_dict()
+
+
+def sequence_logps(logits, *parts):
+    """Log-probability of all tokens but the first of parts, end to end; logits: (1, T) ids -> (1, T, V)."""
+    ids = torch.tensor(np.concatenate(parts))[None]
+    return logits(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def reference_loss(logits, pairs, beta):
+    """ORPO from two unpadded sequences for each pair."""
+    targets, ratios = [], []
+    for prompt, *responses in pairs:
+        chosen, rejected = (sequence_logps(logits, prompt, response) for response in responses)
+        win, lose = chosen[len(prompt) - 1 :].mean(), rejected[len(prompt) - 1 :].mean()
+        targets.append(chosen)
+        ratios.append(win - torch.log(-torch.expm1(win)) - lose + torch.log(-torch.expm1(lose)))
+    return -torch.cat(targets).mean() - beta * F.logsigmoid(torch.stack(ratios)).mean()
+
+
+def reference_balance(reference, pairs, experts, visited):
+    """transformers' balance loss over every sequence without its last token."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    ids = [torch.tensor(np.concatenate([prompt, answer[:-1]])) for prompt, *both in pairs for answer in both]
+    gates = [reference(each[None], output_router_logits=True).router_logits for each in ids]
+    return load_balancing_loss_func(tuple(map(torch.cat, zip(*gates))), experts, visited)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_model_one_step_equals_transformers(name, checkpoint, tmp_path):
+    """Loss and gradients are those of unpadded forward passes by transformers, and no tensor is left out."""
+    model, reference = load(checkpoint(name)), load_in_transformers(checkpoint(name))
+    pairs, c = random_pairs(LENGTHS[2:6]), model.config
+    batch = pack(pairs)
+    weight = torch.where(batch.owner % 3 == 0, 2.0, 1.0)  # the prefix, computed once here, counts twice
+    logps, router = model(batch, weight)
+    loss = orpo_loss(logps, batch, 0.5, int((batch.owner % 3 != 2).sum()), len(pairs))[0]
+    expected = reference_loss(lambda ids: reference(ids).logits, pairs, 0.5)
+    if c.moe_layers:
+        sent, probability = router / (weight.sum() * len(c.moe_layers))
+        loss = loss + c.num_experts * (sent * probability).sum()
+        expected = expected + reference_balance(reference, pairs, c.num_experts, c.num_experts_per_tok)
+    close(loss, expected, rtol=1e-5)
+    (loss + expected).backward()
+    for parameter in reference.parameters():  # saved as if they were weights, to be read under our names
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    reference.save_pretrained(tmp_path)
+    ours = {key: p.grad for key, p in model.named_parameters() if p.grad.any()}
+    close(ours, dict(load(tmp_path).named_parameters()), atol=2e-5, rtol=1e-5)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["stories260K", "slm4096-gpt2"])
+def test_model_real_ones_equal_their_references(name):
+    model = load(MODELS / name).requires_grad_(False)
+    for case in read_json(MODELS / name / "reference_logprobs.json").values():
+        ids, expected = np.array(case["ids"]), torch.tensor(case["logprob_of_next"])
+        close(sequence_logps(model.logits, ids), expected, atol=1e-4)
+        both = torch.cat([expected, expected[39:41]])
+        close(model(pack([(ids[:40], ids[40:], ids[40:42])])), both, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A pack gives what its sequences give alone; a cache gives what the whole sequence gives
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_model_packed_equals_plain(name, checkpoint):
+    """Log-probabilities and gradients of two plain forward passes for each pair; then of responses alone."""
+    model, pairs, alone = load(checkpoint(name)), random_pairs(LENGTHS), []
+    for prompt, chosen, rejected in pairs:
+        alone.append(sequence_logps(model.logits, prompt, chosen))
+        alone.append(sequence_logps(model.logits, prompt, rejected)[len(prompt) - 1 :])
+    every, some = pack(pairs), pack(pairs, prompt_loss=False)
+    close(with_gradients(model, model(every)), with_gradients(model, torch.cat(alone)), rtol=1e-5)
+    masked = model(every) * (every.owner % 3 != 0)
+    close(with_gradients(model, model(some)), with_gradients(model, masked), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 23, 1, 9]], ids=["one", "batch"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@torch.no_grad()
+def test_model_cached_equals_uncached(name, lengths, checkpoint):
+    """Prompts with padding that must not matter, 12 steps of a token, then 8 at once, as a chat goes on."""
+    model, longest = load(checkpoint(name)), max(lengths)
+    rows, ends = torch.arange(len(lengths)), torch.tensor(lengths)
+    tokens = torch.randint(0, 53, (len(rows), longest + 20), generator=torch.Generator().manual_seed(4))
+    expected, cache, positions = model.logits(tokens), Cache(), torch.arange(longest).expand(len(rows), -1)
+    padded = tokens[:, :longest].masked_fill(positions >= ends[:, None], 7)
+    first = model.next_logits(padded, positions, cache, longest, ends - 1)
+    close(first, expected[rows, ends - 1], atol=1e-4)
+    for done, count in [(step, 1) for step in range(12)] + [(12, 8)]:
+        at = ends[:, None] + torch.arange(done, done + count)
+        after = model.next_logits(tokens.gather(1, at), at, cache, longest + done + count)
+        close(after, expected[rows, at[:, -1]], atol=1e-4)
+
+
+def test_model_rows_of_a_batch_end_at_their_own_last_positions():
+    """Learned positions end; a short prompt may use all of them, however long its neighbours are."""
+    model, prompts = build("gpt2", n_positions=16), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [7] * 15]
+    together = sample.continuations(model, prompts, 30)
+    assert together == [sample.continuations(model, [prompt], 30)[0] for prompt in prompts]
+    assert [len(prompt + answer) for prompt, answer in zip(prompts, together)] == [16, 16, 16]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+
+def test_model_idle_experts_are_not_computed_and_have_zero_gradients():
+    """Zero and not None, which DDP could not reduce; each of the two positions visits one expert."""
+    model, batch = build("qwen3_moe", **EXPERTS | {"num_experts_per_tok": 1}), pack([([3], [4], [5])])
+    expected = with_gradients(model, model(batch))
+    for key in [key for key in expected if ".experts." in key]:
+        idle = (expected[key].flatten(1) == 0).all(1)
+        assert 3 <= idle.sum() <= 4
+        model.get_parameter(key).data[idle] = math.nan
+    close(with_gradients(model, model(batch)), expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What must change nothing
+
+
+def varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **_):
+    """What torch.nn.attention.varlen.varlen_attn computes, one segment after the other."""
+    assert (max_q, max_k, torch.int32) == (cu_q.diff().max(), cu_k.diff().max(), cu_q.dtype)
+    out = []
+    for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist()):
+        back = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)  # aligned at the end
+        sees = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else d))
+        segment = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
+        out.append(F.scaled_dot_product_attention(*segment, sees, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def flash_attention(model, patch):
+    from unittest.mock import create_autospec  # refuses arguments that the installed torch would refuse
+    stand_in = create_autospec(model_module.varlen_attn, side_effect=varlen_reference)
+    patch.setattr(model_module, "varlen_attn", stand_in)
+    patch.setattr(model_module, "Packed", lambda batch, flash: Packed(batch, True))
+
+
+def gradient_checkpointing(model, patch):
+    model.gradient_checkpointing = True
+
+
+def compiled_blocks(model, patch):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on CPUs")
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(dynamic=True)
+
+
+@pytest.mark.parametrize("change", [flash_attention, gradient_checkpointing, compiled_blocks])
+@pytest.mark.parametrize("name", ["mistral", "gpt2", "qwen3moe"])
+def test_model_what_changes_nothing(change, name, checkpoint, monkeypatch):
+    """Log-probabilities, the router's statistics and all gradients."""
+    model, batch = load(checkpoint(name)), pack(random_pairs(LENGTHS))
+
+    def results():
+        logps, router = model(batch, torch.ones(len(batch.inputs)))
+        statistics = [] if router is None else [router.flatten() / len(logps)]
+        return with_gradients(model, torch.cat([logps, *statistics]))
+
+    expected = results()
+    change(model, monkeypatch)
+    close(results(), expected, rtol=1e-5)
+
+
+def test_model_compiles_once_for_all_layers_and_sizes(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def graphs(layers, sizes):
+        model = build(num_hidden_layers=layers)
+        compiled_blocks(model, monkeypatch)
+        counters.clear()
+        for n in sizes:
+            model(pack(random_pairs(LENGTHS[:n]))).mean().backward()
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs(24, [3, 5]) == graphs(3, [3, 5, 7, 8]) == graphs(3, [3]) > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_model_bf16_autocast_is_close(name, device, checkpoint, monkeypatch):
+    """Gradients and sums are fp32, the router's not rounded, all near the exact ones; on a GPU with flash."""
+    model, batch, flashes = load(checkpoint(name)).to(device), pack(random_pairs(LENGTHS)).to(device), []
+    spy = lambda batch, flash: flashes.append(flash) or Packed(batch, flash)
+    monkeypatch.setattr(model_module, "Packed", spy)
+    exact = with_gradients(model, model(batch))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        rough, router = model(batch, torch.ones(len(exact["values"]), device=device))
+    rough = with_gradients(model, rough)
+    assert flashes == [False, device == "cuda"]
+    assert {tensor.dtype for tensor in rough.values()} == {torch.float32}
+    assert (rough.pop("values") - exact["values"]).abs().mean() < 0.1
+    ours, theirs = (torch.cat([some[key].flatten() for key in rough]) for some in (rough, exact))
+    assert F.cosine_similarity(ours, theirs, 0) > 0.95
+    if router is not None:  # two experts a token, probabilities that sum to one
+        visits = len(batch.inputs) * len(model.config.moe_layers)
+        close(router.sum(1).cpu(), torch.tensor([2.0, 1.0]) * visits, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 200, 2**23])  # one row of the logits at a time, 7 of 50, all
+def test_model_target_logps_equal_log_softmax_without_its_memory(chunk, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))
+            return out
+
+    monkeypatch.setattr(model_module, "CHUNK", {"cpu": chunk})
+    inputs = [by_formula("w", shape).requires_grad_() for shape in [(50, 8), (200, 8), (200,)]]
+    targets, mixture = torch.arange(50) * 17 % 200, torch.linspace(-1, 2, 50, dtype=torch.float64)
+    expected = F.linear(*inputs).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    wanted = torch.autograd.grad(expected @ mixture, inputs)
+    with Watch():
+        ours = target_logps(*inputs, targets)
+        gradients = torch.autograd.grad(ours @ mixture, inputs)
+    close([ours, *gradients], [expected, *wanted], atol=1e-10)
+    assert max(sizes) <= max(chunk, 200 * 8)  # of 50 * 200
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Configs: spellings old and new, keys that do not belong
+
+STRAYS = dict(num_key_value_heads=3, intermediate_size=7)  # as in TRL's tiny models
+SAME_CONFIGS = [  # each on top of plain(family)
+    ("llama", dict(head_dim=None, num_key_value_heads=None), dict(head_dim=8, num_key_value_heads=6)),
+    ("mistral", {}, dict(sliding_window=4096)),
+    ("mistral", dict(sliding_window=None), dict(layer_types=[FULL] * 3)),
+    ("qwen2", dict(WINDOW, use_sliding_window=False, max_window_layers=0), dict(sliding_window=None)),
+    ("qwen2", dict(WINDOW, max_window_layers=10**15), dict(sliding_window=None)),
+    ("mixtral", dict(EXPERTS, rms_norm_eps=None), dict(EXPERTS, rope_theta=1e6, rms_norm_eps=1e-5)),
+    ("qwen3_moe", dict(EXPERTS), dict(EXPERTS, num_experts=None, num_local_experts=5)),
+    ("gpt2", STRAYS, {}), ("opt", STRAYS, {}),
+]
+
+
+@pytest.mark.parametrize("family, one, other", SAME_CONFIGS)
+def test_model_configs_that_mean_the_same(family, one, other):
+    assert Config.from_hf(plain(family, **one)) == Config.from_hf(plain(family, **other))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files as people have them
+
+
+def same(a, b):
+    return torch.equal(a.logits(torch.arange(8)[None]), b.logits(torch.arange(8)[None]))
+
+
+def test_model_shards_take_the_place_of_a_single_file(tmp_path, monkeypatch):
+    """A stray single file beside the shards is an error or ignored, never silently read."""
+    old, new = (build("qwen3_moe", **EXPERTS).requires_grad_(False) for _ in range(2))
+    new.model.norm.weight.fill_(2)
+    old.save_pretrained(tmp_path)
+    stray = (tmp_path / WEIGHTS).read_bytes()
+    monkeypatch.setattr(model_module, "SHARD_BYTES", 12_000)
+    new.save_pretrained(tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and all(sum(t.nbytes for t in load_file(file).values()) <= 12_000 for file in files)
+    assert same(load(tmp_path), new)
+    put(tmp_path / WEIGHTS, stray)
+    try:
+        assert same(load(tmp_path), new)
+    except UserError as error:
+        assert {WEIGHTS, INDEX} <= set(re.findall(r"[\w.]+\w", str(error)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3moe"])
+def test_model_dtype_of_files_is_kept(name, dtype, checkpoint, tmp_path):
+    """Any float file -> fp32 parameters -> the same file; transformers follows the dtype in the config."""
+    model = load(checkpoint(name, dtype))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    before, after = load_file(checkpoint(name, dtype) / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    close(after, {key: value.float().to(dtype) for key, value in before.items()}, atol=0)
+    assert load_in_transformers(tmp_path).dtype == dtype
+
+
+def test_model_too_large_for_float16_is_not_saved_in_it(tmp_path):
+    model = build().requires_grad_(False)
+    model.model.layers[1].input_layernorm.weight.fill_(1e6)
+    with pytest.raises(UserError, match=NORM):
+        model.save_pretrained(tmp_path, dtype=torch.float16)
+
+
+def without(prefix, tensors):
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
+CONSTANTS = {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+ROTARY = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+OTHER_FILES = {
+    "gpt2 without prefix, with constants": ("gpt2", lambda t: without("transformer.", t) | CONSTANTS),
+    "opt without prefix, twice": ("opt", lambda t: without("model.", t) | {HEAD: t[OPT_EMBEDDING].clone()}),
+    "head alone, with constants": ("llama", lambda t: {HEAD: t.pop(EMBEDDING)} | t | ROTARY),
+}
+
+
+@pytest.mark.parametrize("model_type, change", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_model_files_of_other_shapes(model_type, change, tmp_path):
+    """As found on the hub: no prefix, constants among the weights, either half of tied weights."""
+    model = build(model_type, **TIED)
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path / WEIGHTS, change)
+    again = load(tmp_path)
+    assert same(again, model) and again.lm_head.weight is again.model.embed_tokens.weight
+    assert not again.training and all(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_model_peak_memory_of_loading(dtype, tmp_path):
+    """At most 1.15 times the fp32 parameters, the file's mapped pages included."""
+    code = f"from model import *;Transformer.from_pretrained('{tmp_path}');print(*open('/proc/self/status'))"
+
+    def peak(model):
+        model.save_pretrained(tmp_path, dtype=dtype)
+        status = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+
+    large = build(vocab_size=16000, hidden_size=768, intermediate_size=2304, num_hidden_layers=8)  # 350 MB
+    assert peak(large) - peak(build()) <= 1.15 * 4 * sum(p.numel() for p in large.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models that cannot be: one line that says what and where, soon, and nothing else raised
+
+
+def config(**changes):
+    return {"config.json": plain(**changes)}
+
+
+BAD_MODELS = {  # name: ({file: its content; None: removed; a function: of its tensors}, words to be found)
+    "foreign model_type": (config(model_type="t5"), "config.json t5 llama qwen3_moe"),
+    "truth for a size": (config(num_key_value_heads=True), "config.json num_key_value_heads"),
+    "epsilon beyond all numbers": (config(rms_norm_eps=10**400), "config.json norm_eps"),
+    "unknown activation": (config(hidden_act="swoosh"), "config.json swoosh"),
+    "long rope": (config(model_type="phi3", rope_scaling={"type": "longrope"}), "config.json longrope"),
+    "norm of each head": (config(model_type="stablelm", qk_layernorm=True), "config.json qk_layernorm"),
+    "unknown rope": (config(rope_scaling={"rope_type": "yarn", "factor": 2}), "config.json yarn"),
+    "rope_theta of nought": (config(rope_theta=0), "config.json rope_theta"),
+    "odd rotary part": (config(partial_rotary_factor=0.4), "config.json rotary"),
+    "window of nought": (config(model_type="mistral", sliding_window=0), "config.json window"),
+    "unknown layer type": (config(layer_types=[FULL, FULL, "chunked"]), "config.json chunked"),
+    "quantized": (config(quantization_config={"quant_method": "gptq"}), "config.json quantiz"),
+    "other scale": (config(model_type="gpt2", scale_attn_by_inverse_layer_idx=True), "config.json scale"),
+    "a million experts": (config(model_type="mixtral", num_local_experts=10**6), ""),
+    "immense matrices": (config(vocab_size=2**30, hidden_size=2**19, head_dim=2**19), ""),
+    "no config": ({"config.json": None}, "config.json"),
+    "generation config": ({"generation_config.json": "nonsense"}, "generation_config.json"),
+    "pickled weights": ({WEIGHTS: None, "pytorch_model.bin": b""}, "safetensors pickle"),
+    "truncated": ({WEIGHTS: bytes([200, *[0] * 7]) + b"{"}, WEIGHTS),
+    "index reaches up": ({WEIGHTS: None, INDEX: {"weight_map": {NORM: "\ud800/../x.safetensors"}}}, INDEX),
+    "index of no map": ({WEIGHTS: None, INDEX: {"weight_map": {NORM: 3}}}, INDEX),
+    "missing tensor": ({WEIGHTS: lambda t: t.pop(NORM) is None or t}, f"missing {NORM}"),
+    "unexpected tensor": ({WEIGHTS: lambda t: t | {"model.extra": torch.ones(1)}}, "unexpected model.extra"),
+    "mis-shaped tensor": ({WEIGHTS: lambda t: t | {NORM: torch.ones(9)}}, f"{NORM} [9]"),
+    "integer tensor": ({WEIGHTS: lambda t: t | {NORM: t[NORM].to(torch.int8)}}, f"{NORM} I8"),
+    "halves that differ": (config(**TIED), f"{HEAD} {EMBEDDING}"),
+}
+
+
+@pytest.mark.parametrize("files, words", BAD_MODELS.values(), ids=BAD_MODELS)
+def test_model_bad_directories(files, words, tmp_path):
+    build().save_pretrained(tmp_path)
+    for name, content in files.items():
+        if content is None:
+            (tmp_path / name).unlink()
+        elif callable(content):
+            rewrite(tmp_path / name, content)
+        else:
+            put(tmp_path / name, content)
+    start = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        load(tmp_path)
+    message = str(error.value)
+    assert time.perf_counter() - start < 10 and "\n" not in message and str(tmp_path) in message
+    assert [word for word in words.split() if word not in message] == []
+
+
+def test_model_config_fuzz(tmp_path):
+    """Whatever stands in config.json: a UserError, or a model that runs."""
+    hypothesis, st, settings = hypothesis_in(tmp_path)
+    names = sorted({key for hf in CHECKPOINTS.values() for key in hf} | set(vars(Config.from_hf(plain()))))
+    words = st.sampled_from(["llama3", "linear", "gelu", SLIDING, FULL])
+    numbers = st.booleans() | st.integers(-2, 9) | st.integers(-10**400, 10**400) | st.floats()
+    scalars = st.none() | numbers | words | st.text()
+    rope = st.dictionaries(st.sampled_from(["type", "partial_rotary_factor", "rope_theta", *SLOWED]), scalars)
+    changes = st.dictionaries(st.sampled_from(names), scalars | st.lists(scalars, max_size=3) | rope, max_size=4)
+
+    @hypothesis.settings(settings, max_examples=500)
+    @hypothesis.given(st.sampled_from(list(CHECKPOINTS)), changes)
+    def check(name, changes):
+        try:
+            c = Config.from_hf(CHECKPOINTS[name] | changes)
+        except UserError:
+            return
+        if max(size for size in vars(c).values() if type(size) is int) < 200:
+            model = Transformer(c).initialise()
+            tokens = torch.zeros(1, min(4, model.max_positions or 4), dtype=torch.long)
+            assert model.logits(tokens).shape == (*tokens.shape, c.vocab_size)
+    check()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Helpers for train.py and sample.py. Most runs are in this process: tiny models, tenths of a second each.
+
+KILLS = int(os.environ.get("ORPO_KILLS", 2))  # runs that are killed; 20: the thorough version
+SHAPE = train.DEMO_SHAPE | dict(vocab_size=257, hidden_size=32, num_attention_heads=2, num_key_value_heads=2)
+MOE = SHAPE | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1)
+POSITIONS_24 = dict(model_type="gpt2", vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
+STEPS = 8  # of the run `whole`: 23 pairs to train on, 5 a step, so the fifth step of an epoch has 3
+
+
+def make_model(directory, shape=SHAPE, tokenizer=None, scale=4.0):
+    model = Transformer(Config.from_hf(shape), shape).initialise(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale if parameter.ndim > 1 else 1)  # large, so that experts' routes differ
+    model.save_pretrained(str(directory), torch.float32)
+    (tokenizer or demo_tokenizer()).save_pretrained(str(directory))
+    return directory
+
+
+def command(flags=(), **more):
+    """Flags as a command line: True stands for --name, False for --no-name."""
+    words = []
+    for name, value in dict(flags, **more).items():
+        words.append(f"--no-{name}" if value is False else f"--{name}")
+        words += [] if isinstance(value, bool) else [str(value)]
+    return words
+
+
+def run(out, flags=(), **more):
+    """train.py in this process; the signal handlers it sets are taken back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train.main(command(flags, output_dir=out, **more))
+    finally:
+        for number in kept:
+            signal.signal(number, kept[number])
+
+
+def ask(model, **flags):
+    """sample.py in this process."""
+    return sample.main(command(flags, model=model))
+
+
+def on_step(monkeypatch, action):
+    """Calls action(step) in each training step (of one pack); its result, if any, is a factor of the loss."""
+    step = 0
+
+    def loss(logps, *arguments):
+        nonlocal step
+        value, metrics = orpo.orpo_loss(logps, *arguments)
+        step += logps.requires_grad
+        factor = action(step) if logps.requires_grad else None
+        return (value if factor is None else value * factor), metrics
+
+    monkeypatch.setattr(train, "orpo_loss", loss)
+
+
+def start(out, flags=(), *, before="", environment=(), **more):
+    """train.py in a process of its own, after the code `before`; an alarm ends it if nothing else does."""
+    words, script = ["train.py", *command(flags, output_dir=out, **more)], str(HERE / "train.py")
+    code = f"import os, runpy, signal, sys\nsignal.alarm(120)\nsys.argv = {words}\n{before}\n"
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)) | dict(environment)
+    return subprocess.Popen([sys.executable, "-c", code + f"runpy.run_path({script!r}, run_name='__main__')"],
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
     """(exit status, standard output, standard error) of a started process."""
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail(f"still running after {seconds} s")
-    return process.exitcode, Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text()
+    printed, errors = process.communicate()
+    return process.returncode, printed, errors
 
 
-def ranks(forks, count, log, arguments, **options):
-    """The processes of `count` ranks, as torchrun would start them."""
-    import socket
-
+def ranks(out, flags_of_ranks, **more):
+    """The processes of some ranks, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(forks, f"{log}-{r}", arguments, environment=world | {"RANK": str(r), "LOCAL_RANK": str(r)}, **options) for r in range(count)]
+        port, count = free.getsockname()[1], len(flags_of_ranks)
+    world = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    places = [world | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    return [start(out, flags, environment=place, **more) for flags, place in zip(flags_of_ranks, places)]
 
 
-def run(*arguments):
-    """train.py in this process; the signal handlers it sets are taken back."""
-    kept, threads = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes of `start`: bit for bit holds for one number of threads
-    try:
-        return train.main(*train.parse([str(a) for a in arguments]))
-    finally:
-        torch.set_num_threads(threads)
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def lengths_differ(count, seed=0):
-    """Rows whose prompts and answers have many lengths."""
-    rng = np.random.default_rng(seed)
-    text = lambda least, most: "".join(rng.choice(list("abcdefgh "), rng.integers(least, most)))
-    return [{"prompt": text(3, 20), "chosen": "x" + text(2, 25), "rejected": "y" + text(2, 25)} for _ in range(count)]
+def run_ranks(out, count, flags=(), **more):
+    ended = [finish(process) for process in ranks(out, [flags] * count, **more)]
+    assert not any(status for status, _, _ in ended), ended
 
 
 def lines(directory, name="metrics.jsonl"):
-    return [json.loads(line) for line in (Path(directory) / name).read_text().splitlines()]
+    """Strict JSON: no NaN."""
+    with open(Path(directory) / name) as file:
+        return [json.loads(line, parse_constant=pytest.fail) for line in file]
 
 
-TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
-
-
-def curve(directory):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines(directory)]
+def curve(directory, key="step"):
+    """The lines of metrics.jsonl that have a key, without what the clock says."""
+    return [{k: line[k] for k in line if k not in TIMES} for line in lines(directory) if key in line]
 
 
 def weights(directory):
     """Bytes of the model and, where it is a checkpoint, of the optimizer."""
-    return [(Path(directory) / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors") if (Path(directory) / name).exists()]
+    return [file.read_bytes() for file in sorted(Path(directory).glob("*.safetensors"))]
 
 
-def same_run(one, other, steps):
+def same_run(one, other, steps=STEPS):
     """The final weights, the last checkpoint, and each line of the metrics, bit for bit."""
-    last = f"checkpoint-{steps}"
-    return weights(one) == weights(other) and weights(Path(one) / last) == weights(Path(other) / last) and curve(one) == curve(other)
+    ends = [(weights(out), weights(out / f"checkpoint-{steps}"), curve(out)) for out in (one, other)]
+    return ends[0] == ends[1]
+
+
+def listing(directory):
+    """Everything in a directory but locks."""
+    paths = [path for path in Path(directory).rglob("*") if path.name != ".orpo"]
+    return {path.relative_to(directory): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.fixture(scope="session")
-def pairs_file(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", lengths_differ(26))
-
-
-STEPS = 8
-# 23 pairs to train on, 5 a step: the fifth step of an epoch has 3
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
-def flags(pairs_file):
-    return ["--data", pairs_file, "--eval_pairs", 3, "--batch_size", 5, "--lr_scheduler_type", "constant", "--warmup_steps", 3, "--learning_rate", 3e-3,
-            "--logging_steps", 1, "--eval_steps", 4, "--save_steps", 2, "--save_total_limit", 0]
+def flags(tmp_path_factory, model):
+    """Of runs on 26 pairs whose prompts and answers have many lengths."""
+    chance, file = random.Random(0), tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    text = lambda first, most: first + "".join(chance.choices("abcdefgh ", k=chance.randrange(2, most)))
+    rows = [dict(prompt=text("q", 19), chosen=text("x", 25), rejected=text("y", 25)) for _ in range(26)]
+    return dict(model=model, data=put(file, rows), eval_pairs=3, batch_size=5, logging_steps=1, save_steps=2,
+                learning_rate=3e-3, warmup_steps=3, lr_scheduler_type="constant", save_total_limit=0)
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, flags, forks):
+def whole(tmp_path_factory, flags):
     """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    done = start(forks, out.parent / "log", [*flags, "--max_steps", STEPS, "--output_dir", out])
-    assert finish(done, out.parent / "log")[0] == 0
+    run(out := tmp_path_factory.mktemp("whole"), flags, max_steps=STEPS)
     return out
 
 
 @pytest.fixture
 def interrupted(whole, tmp_path):
-    """The same run as after a kill in step 7: checkpoints 2, 4 and 6, metrics beyond them, no model."""
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "checkpoint-8")
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        (out / name).unlink()
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "loss": 0.1')  # a line that was cut off
+    """The same run as after a kill in step 7: checkpoints 2, 4 and 6, longer metrics, no model."""
+    out = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-8"))
+    put(out / "metrics.jsonl", (out / "metrics.jsonl").read_text() + '{"step": 9, "loss": 0.1')
+    (out / "model.safetensors").unlink()
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo, and what a run writes.
+# ------------------------------------------------------------------------------------------------------------
+# train.py: the demo, and what a run writes
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
+def test_train_demo_and_what_it_writes(tmp_path):
     """The demo, shortened: `python train.py` as one types it."""
-    home = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, HERE / "train.py", "--max_steps", "40", "--logging_steps", "10", "--eval_steps", "20"], cwd=home, capture_output=True, text=True)
+    words = [sys.executable, HERE / "train.py", *command(max_steps=40, logging_steps=10, eval_steps=20)]
+    done, out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True), tmp_path / "out"
     assert done.returncode == 0, done.stderr
-    return home / "out", done.stdout
+    assert re.search(r"(?s)step 40/40.*reward accuracy +0\.\d+ +0\.\d+\n.*exact greedy answers", done.stdout)
+    assert done.stdout.rstrip().endswith('python sample.py --model out --prompt "Which is larger, 12 or 90?"')
+    trained = [line for line in lines(out) if "loss" in line]
+    assert [line["step"] for line in trained] == [10, 20, 30, 40]
+    assert {*map(tuple, trained)} == {("step", "epoch", *METRICS, "grad_norm", "learning_rate", *TIMES)}
+    evaluated = curve(out, "eval_loss")
+    assert [line["step"] for line in evaluated] == [0, 20, 40]
+    assert {*map(tuple, evaluated)} == {("step", "epoch", *(f"eval_{name}" for name in METRICS))}
+    last = trained[-1]  # after 40 steps of 32 of 3000 pairs, with a beta of 0.5
+    assert last["epoch"] == pytest.approx(40 * 32 / 3000, abs=1e-5)
+    assert last["loss"] == pytest.approx(last["nll_loss"] - 0.5 * last["log_odds_ratio"], rel=1e-5)
+    files = ".orpo checkpoint-40 config.json metrics.jsonl model.safetensors tokenizer.json train_config.json"
+    assert set(os.listdir(out)) - {"chat_template.jinja"} == {"tokenizer_config.json", *files.split()}
 
 
-def test_demo_prints_progress_a_table_and_the_next_command(demo):
-    out, printed = demo
-    assert "step 40/40" in printed and re.search(r"reward accuracy +0\.\d+ +0\.\d+", printed) and "exact greedy answers" in printed
-    assert printed.rstrip().endswith('python sample.py --model out --prompt "Which is larger, 12 or 90?"')
+def test_train_seed_changes_the_order_but_not_what_is_held_out(flags, whole, tmp_path):
+    run(tmp_path, flags, max_steps=STEPS, seed=1)
+    assert weights(tmp_path) != weights(whole) and curve(tmp_path)[0] == curve(whole)[0]  # before step 1
 
 
-def test_files_of_a_run(demo):
-    out, _ = demo
-    train_lines = [line for line in lines(out) if "loss" in line]
-    eval_lines = [line for line in lines(out) if "eval_loss" in line]
-    assert [line["step"] for line in train_lines] == [10, 20, 30, 40] and [line["step"] for line in eval_lines] == [0, 20, 40]
-    assert all(list(line) == ["step", "epoch", *METRICS, "grad_norm", "learning_rate", *TIMES] for line in train_lines)
-    assert all(list(line) == ["step", "epoch", *(f"eval_{name}" for name in METRICS)] for line in eval_lines)
-    last = train_lines[-1]
-    assert last["loss"] == pytest.approx(last["nll_loss"] - 0.5 * last["log_odds_ratio"], rel=1e-5) and last["epoch"] == pytest.approx(40 * 32 / 3000, abs=1e-5)
-    assert last["rewards/margins"] == pytest.approx(0.5 * (last["logps/chosen"] - last["logps/rejected"]), rel=1e-4)
-    recorded = json.loads((out / "train_config.json").read_text())
-    assert list(recorded) == [field.name for field in dataclasses.fields(train.Flags)] and recorded["max_steps"] == 40 and recorded["beta"] == 0.5
-    assert sorted(os.listdir(out)) == ["checkpoint-40", "config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "train_config.json"]
+def test_train_dry_run_shows_what_is_trained_and_writes_nothing(model, tmp_path, capsys):
+    file = put(tmp_path / "pairs.jsonl", [dict(prompt="ab", chosen="c\n", rejected="d")] * 20)
+    run(tmp_path / "out", model=model, data=file, dry_run=True, prompt_loss=False)
+    printed = capsys.readouterr().out
+    assert "prompt: 2 tokens, scored by nothing\n    a|b\n" in printed and not (tmp_path / "out").exists()
+    assert "chosen: 3 tokens, scored by L_SFT and L_OR\n    c|\\n|<|endoftext|> <- EOS\n" in printed
 
 
-def test_the_model_loads_here_and_in_transformers(demo):
-    out, _ = demo
-    model, tokens = Transformer.from_pretrained(out), torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
-    auto = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(out)
-    torch.testing.assert_close(auto(tokens).logits.float(), model.logits(tokens), rtol=1e-4, atol=1e-4)
-
-
-def test_generation_config_and_shards_of_an_older_model_do_not_stay(flags, tmp_path):
-    out = tmp_path / "out"
-    run(*flags, "--output_dir", out, "--max_steps", 1)
-    stale = ["generation_config.json", "chat_template.jinja", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "checkpoint-9"]
-    for name in stale[:-1]:
-        (out / name).write_text("{}")
-    shutil.copytree(out / "checkpoint-1", out / "checkpoint-9")
-    (out / "notes.txt").write_text("mine")
-    run(*flags, "--output_dir", out, "--max_steps", 2, "--overwrite_output_dir")
-    assert not [name for name in stale if (out / name).exists()] and (out / "notes.txt").read_text() == "mine"
-    assert [line["step"] for line in lines(out)] == [0, 1, 2, 2]
-
-
-def test_seed(flags, tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(*flags, "--max_steps", 3, "--seed", seed, "--output_dir", tmp_path / name)
-    assert same_run(tmp_path / "a", tmp_path / "b", 3) and weights(tmp_path / "a") != weights(tmp_path / "c")
-
-
-def test_dry_run_writes_nothing(flags, tmp_path, capsys):
-    assert run(*flags, "--dry_run", "--output_dir", tmp_path / "out") == 0
-    assert not (tmp_path / "out").exists() and "chosen:" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("prompt_loss", [True, False])
-def test_dry_run_shows_what_is_trained(prompt_loss):
-    pairs = data.tokenize_pairs([dict(prompt="ab", chosen="c\n", rejected="d")], demo_tokenizer())
-    assert data.describe(pairs, demo_tokenizer(), prompt_loss).split("\n") == [
-        "", "row 1",
-        f"  prompt: 2 tokens, scored by {'L_SFT (from the second token on)' if prompt_loss else 'nothing'}", "    a|b",
-        "  chosen: 3 tokens, scored by L_SFT and L_OR", "    c|\\n|<|endoftext|> <- EOS",
-        "  rejected: 2 tokens, scored by L_OR", "    d|<|endoftext|> <- EOS",
-        "", "mean tokens: prompt 2, chosen 3, rejected 2; longest 2, 3, 2"]
-
-
-def test_save_dtype_and_samples(flags, tmp_path):
-    run(*flags, "--max_steps", 2, "--eval_steps", 2, "--save_dtype", "bfloat16", "--generate_during_eval", 2, "--output_dir", tmp_path)
-    assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert load_file(tmp_path / "checkpoint-2" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+def test_train_save_dtype_and_samples(flags, tmp_path):
+    run(tmp_path, flags, max_steps=2, eval_steps=2, save_dtype="bfloat16", generate_during_eval=2)
+    for place, dtype in (("", torch.bfloat16), ("checkpoint-2", torch.float32)):
+        assert load_file(tmp_path / place / "model.safetensors")["model.norm.weight"].dtype == dtype
+    assert read_json(str(tmp_path / "config.json"))["dtype"] == "bfloat16"
     assert [line["step"] for line in lines(tmp_path, "samples.jsonl")] == [0, 0, 2, 2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sample.py
+def test_train_evaluates_about_ten_times_and_counts_epochs(flags, tmp_path):
+    run(tmp_path, flags, num_train_epochs=4.3, save_steps=0)
+    evaluated = [line["step"] for line in curve(tmp_path, "eval_loss")]
+    assert 10 <= len(evaluated) <= 13 and evaluated[0] == 0 and evaluated[-1] == 22
+    epochs = [line["epoch"] * 23 for line in curve(tmp_path, "loss")]
+    assert epochs[:6] == pytest.approx([5, 10, 15, 20, 23, 28], abs=1e-4) and not train.checkpoints(tmp_path)
 
 
-def test_sample_one_prompt(demo, capsys):
-    out, _ = demo
-    sample.main(sample.parse(["--model", str(out), "--prompt", "Which is larger, 31 or 50?", "--max_new_tokens", "30"]))
-    printed = capsys.readouterr()
-    tokenizer, model = Tokenizer.from_pretrained(out), Transformer.from_pretrained(out)
-    ids = tokenizer.encode("Which is larger, 31 or 50?\n")
-    assert sample.prompt_ids("Which is larger, 31 or 50?", tokenizer) == ids
-    with torch.inference_mode():  # greedy by the plain path, without a cache
-        for _ in range(30):
-            token = int(model.logits(torch.tensor([ids]))[0, -1].argmax())
-            if token == tokenizer.eos_id:
-                break
-            ids.append(token)
-    assert printed.out.rstrip("\n") == tokenizer.decode(ids).partition("\n")[2] and "tokens/s" in printed.err
+BARE = Tokenizer(demo_tokenizer().backend, {"eos_token": "<|endoftext|>"})  # without a chat template
 
 
-def test_sample_streams_what_it_returns(demo, capsys):
-    """Byte tokens at a high temperature: characters in several pieces, and bytes that are none."""
-    out, _ = demo
-    tokenizer, model = Tokenizer.from_pretrained(out), Transformer.from_pretrained(out)
-    args = sample.parse(["--max_new_tokens", "200"])
-    for seed in range(3):
-        choice = dict(temperature=5.0, generator=torch.Generator().manual_seed(seed))
-        text = sample.answer(model, tokenizer, tokenizer.encode("héllo 世"), args, choice)
-        assert text.startswith(capsys.readouterr().out[:-1])  # half a character at the end is not shown
-
-
-def test_sample_chat(demo, capsys, monkeypatch):
-    out, _ = demo
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Which is larger, 31 or 50?\n\n/new\nhi\n"))
-    seen = []
-    monkeypatch.setattr(sample, "answer", lambda model, tokenizer, ids, args, choice: seen.append(tokenizer.decode(ids)) or "an answer")
-    sample.main(sample.parse(["--model", str(out)]))
-    assert seen == ["Which is larger, 31 or 50?\n", "hi\n"]
-    history = []
-    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda self, messages, add_generation_prompt: history.append([m["content"] for m in messages]) or "x")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n/new\nthree\n"))
-    sample.main(sample.parse(["--model", str(out), "--system", "be brief"]))
-    assert history == [["be brief", "one"], ["be brief", "one", "an answer", "two"], ["be brief", "three"]]
-
-
-def test_chat_goes_on_after_a_message_that_cannot_be_answered(demo, capsys, monkeypatch):
-    out, _ = demo
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-
-    def refuse(*_):
-        raise UserError("too long")
-
-    monkeypatch.setattr(sample, "answer", refuse)
-    sample.main(sample.parse(["--model", str(out)]))
-    assert capsys.readouterr().err.count("too long (/new starts afresh)") == 2
-
-
-def test_sample_file(demo, tmp_path, capsys):
-    out, _ = demo
-    questions = [f"Which is larger, {a} or {b}?" for a, b in ((12, 90), (45, 23), (71, 17))] + ["hello"]
-    rows = [{"prompt": q} for q in questions[:3]] + [{"prompt": [{"role": "user", "content": "hello"}]}]
-    write_rows(tmp_path / "q.jsonl", rows)
-    (tmp_path / "q.txt").write_bytes("\ufeff".encode() + "\r\n\r\n".join(questions).encode())  # BOM, CRLF, blank lines
-    common = ["--model", str(out), "--batch_size", "3", "--max_new_tokens", "20"]
-    sample.main(sample.parse([*common, "--prompts", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl")]))
-    answers = lines(tmp_path, "a.jsonl")
-    assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows]
-    capsys.readouterr()
-    sample.main(sample.parse([*common, "--prompts", str(tmp_path / "q.txt")]))  # to standard output
-    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["answer"] for row in shown] == [row["answer"] for row in answers] and [row["prompt"] for row in shown] == questions
-    for question, row in zip(questions, answers):  # as alone, without padding
-        sample.main(sample.parse([*common, "--prompt", question]))
-        assert capsys.readouterr().out == row["answer"] + "\n"
-
-
-def test_sample_raw_and_seed(demo, capsys):
-    out, _ = demo
-    tokenizer = Tokenizer.from_pretrained(out)
-    assert sample.prompt_ids("hi", tokenizer, raw=True) == tokenizer.encode("hi") != sample.prompt_ids("hi", tokenizer)
-    said = []
-    for seed in (1, 1, 2):
-        sample.main(sample.parse(["--model", str(out), "--prompt", "hi", "--raw", "--temperature", "1", "--seed", str(seed), "--max_new_tokens", "20"]))
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2]
-
-
-def test_pick():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(20_000, 4)
-    share = lambda **choice: torch.bincount(sample.pick(logits, generator=generator, **choice), minlength=4) / 20_000
-    close = lambda got, expected: torch.testing.assert_close(got, torch.tensor(expected), atol=0.015, rtol=0)
-    close(share(temperature=1.0), [0.5, 0.3, 0.15, 0.05])
-    close(share(temperature=1.0, top_k=2), [0.625, 0.375, 0.0, 0.0])
-    close(share(temperature=1.0, top_k=99), [0.5, 0.3, 0.15, 0.05])
-    close(share(temperature=1.0, top_p=0.8), [0.625, 0.375, 0.0, 0.0])  # the first two have 0.8 together
-    close(share(temperature=1.0, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0])
-    close(share(temperature=1.0, top_p=1e-6), [1.0, 0.0, 0.0, 0.0])
-    close(share(temperature=1.0, top_k=3, top_p=0.6), [0.625, 0.375, 0.0, 0.0])  # top_p of what top_k leaves: 0.53, 0.32, 0.16
-    close(share(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365])
-    for temperature in (0.0, 1e-9, 1e-50):
-        close(share(temperature=temperature), [1.0, 0.0, 0.0, 0.0])
-
-
-def test_the_default_template_is_saved_with_the_model(flags, tmp_path):
-    """A model without a chat template, trained on conversations, is asked afterwards as it was trained."""
-    good_model(tmp_path / "m")
-    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    del settings["chat_template"]
-    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
-    rows = [{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": f"a{i}"}], "rejected": [{"role": "assistant", "content": "b"}]} for i in range(3)]
-    run("--model", tmp_path / "m", "--data", write_rows(tmp_path / "c.jsonl", rows), "--max_steps", 1, "--output_dir", tmp_path / "out")
+def test_train_keeps_the_default_template_with_the_model(tmp_path):
+    """Trained on conversations, a model without a template is asked afterwards as it was trained."""
+    file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(20)])
+    run(tmp_path / "out", model=make_model(tmp_path / "m", tokenizer=BARE), data=file, max_steps=1)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(sample.prompt_ids("q", tokenizer)) == "<|user|>\nq<|endoftext|>\n<|assistant|>\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Resuming
+def test_train_config_file_gives_flags_and_the_command_line_wins(whole, tmp_path):
+    run(tmp_path, config=whole / "train_config.json", beta=0.7, max_steps=1)
+    recorded = read_json(str(tmp_path / "train_config.json"))
+    assert (recorded["beta"], recorded["max_steps"], recorded["batch_size"]) == (0.7, 1, 5)
+
+
+def test_train_a_second_run_in_the_directory_is_refused(flags, whole, tmp_path, monkeypatch):
+    def begin_another(step):
+        for more in ({}, dict(resume=True), dict(overwrite_output_dir=True)) if step == 3 else ():
+            with pytest.raises(UserError, match="another run"):
+                run(tmp_path, flags, max_steps=STEPS, **more)
+
+    on_step(monkeypatch, begin_another)
+    run(tmp_path, flags, max_steps=STEPS)
+    assert same_run(tmp_path, whole)
+
+
+def test_train_deletes_and_replaces_what_a_run_wrote_and_nothing_else(flags, whole, tmp_path, monkeypatch):
+    """An older model's shards and generation_config.json would be read with the new one's files."""
+    model, out = make_model(tmp_path / "model", tokenizer=BARE), tmp_path / "out"
+    put(model / "generation_config.json", {"temperature": 0.5})
+    monkeypatch.setattr(model_module, "SHARD_BYTES", 40_000)
+    run(out, flags, model=model, max_steps=3)
+    assert {"generation_config.json", "model.safetensors.index.json", "checkpoint-3"} <= set(os.listdir(out))
+    names = "notes.txt vocab.json chat_template.jinja final/x checkpoint-x/y checkpoint-007/x checkpoint-²/x"
+    mine = {Path(put(out / name, "mine")) for name in names.split()}
+    run(out, resume=True, max_steps=4)
+    (model / "generation_config.json").unlink()
+    monkeypatch.undo()
+    run(out, flags, model=model, max_steps=1, overwrite_output_dir=True)
+    ours = {name for name in os.listdir(whole) if "checkpoint" not in name} | {"checkpoint-1"}
+    assert set(os.listdir(out)) == ours | {name.partition("/")[0] for name in names.split()}
+    assert {path.read_text() for path in mine} == {"mine"} and list(train.checkpoints(out)) == [1]
+    assert [line["step"] for line in lines(out)] == [0, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: resuming
 
 
 @pytest.mark.parametrize("stopped", [1, 5])
-def test_resume_with_more_steps_is_exact(whole, flags, tmp_path, stopped):
-    """Stopped in mid-epoch after 1 step, and at the end of an epoch after 5; the last line of the metrics is of all its steps."""
-    out = tmp_path / "out"
-    run(*flags, "--max_steps", stopped, "--output_dir", out)
-    run("--resume", "--max_steps", STEPS, "--output_dir", out)
-    assert weights(out) == weights(whole) and weights(out / "checkpoint-8") == weights(whole / "checkpoint-8")
-    assert [line for line in curve(out) if "loss" in line] == [line for line in curve(whole) if "loss" in line]
+def test_train_resume_auto_starts_or_goes_on_exactly(whole, flags, tmp_path, monkeypatch, stopped):
+    """Stopped in mid-epoch after 1 step, and at the end of an epoch after 5."""
+    trained = []
+    on_step(monkeypatch, trained.append)
+    for steps in (stopped, STEPS):
+        run(tmp_path, flags, resume="auto", max_steps=steps)
+    assert len(trained) == STEPS and curve(tmp_path, "loss") == curve(whole, "loss")
+    for place in ("", "checkpoint-8"):
+        assert weights(tmp_path / place) == weights(whole / place)
 
 
-def test_resume_after_a_kill_is_exact(whole, interrupted, capsys):
-    run("--resume", "--output_dir", interrupted)  # nothing else: the flags are the recorded ones
-    assert same_run(whole, interrupted, STEPS)
-    assert "resumed after step 6" in capsys.readouterr().out
+def test_train_resume_after_a_kill_is_exact(whole, interrupted):
+    for _ in range(2):  # the second time it has ended already, and nothing changes
+        run(interrupted, resume=True)  # nothing else: the flags are the recorded ones
+        assert same_run(whole, interrupted) and set(os.listdir(interrupted)) == set(os.listdir(whole))
 
 
-def test_resume_in_the_middle_of_a_line_of_metrics(flags, tmp_path):
+def test_train_resume_in_the_middle_of_a_line_of_metrics(flags, tmp_path):
     """Logging every 3 steps, saving every 2: the sums of the open line are in the checkpoint."""
-    often = [*flags, "--logging_steps", 3, "--max_steps", 6]
-    run(*often, "--output_dir", tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for step in (4, 6):
-        shutil.rmtree(tmp_path / "b" / f"checkpoint-{step}")
-    run("--resume", "--output_dir", tmp_path / "b")
-    assert [line["step"] for line in lines(tmp_path / "b") if "loss" in line] == [3, 6] and same_run(tmp_path / "a", tmp_path / "b", 6)
+    run(tmp_path / "a", flags, logging_steps=3, max_steps=6)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-[46]"))
+    run(tmp_path / "b", resume=True)
+    assert len(curve(tmp_path / "b", "loss")) == 2 and same_run(tmp_path / "a", tmp_path / "b", 6)
 
 
-def test_epochs_asked_for_outweigh_recorded_steps(interrupted):
-    run("--resume", "--num_train_epochs", 2, "--output_dir", interrupted)
-    assert lines(interrupted)[-1]["step"] == 10 and lines(interrupted)[-1]["epoch"] == 2
+def test_train_resume_takes_reports_and_records_another_future(interrupted, capsys):
+    run(interrupted, resume=True, learning_rate=1e-4, num_train_epochs=2)
+    assert "learning_rate" in capsys.readouterr().out
+    assert read_json(str(interrupted / "train_config.json"))["learning_rate"] == 1e-4
+    used = [(line["step"], line["learning_rate"]) for line in curve(interrupted, "loss")]
+    assert used[5:] == [(6, 3e-3), *((step, 1e-4) for step in (7, 8, 9, 10))]  # epochs given
 
 
-def test_resume_of_a_finished_run_changes_nothing(whole, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    (out / "model.safetensors").unlink()
-    run("--resume", "--output_dir", out)
-    assert same_run(whole, out, STEPS)
+def test_train_resume_needs_only_the_checkpoint_and_equal_data(whole, flags, model, tmp_path, monkeypatch):
+    """The model's directory goes in the first step, the data move later; flags without effect have none."""
+    out, copy = tmp_path / "out", shutil.copytree(model, tmp_path / "model")
+    moved = shutil.copy(flags["data"], tmp_path / "moved.jsonl")
+    on_step(monkeypatch, lambda step: shutil.rmtree(copy, ignore_errors=True))
+    run(out, flags, model=copy, max_steps=2)
+    other = dict(max_tokens=4000, logging_steps=2, eval_steps=0, save_total_limit=1, beta=0.1)
+    run(out, other, resume=True, data=moved, max_steps=4)
+    assert list(train.checkpoints(out)) == [4]
+    assert weights(out / "checkpoint-4") == weights(whole / "checkpoint-4")
+    assert len({(place / "tokenizer.json").read_bytes() for place in (model, out, out / "checkpoint-4")}) == 1
+    put(Path(moved), Path(moved).read_text().replace('"chosen": "x', '"chosen": "z', 1))
+    with pytest.raises(UserError):
+        run(out, resume=True, data=moved, max_steps=6)
 
 
-@pytest.mark.parametrize("given, named", [(["--beta", "0.2"], "--beta 0.2"), (["--seed", "1"], "--seed 1"), (["--batch_size", "6"], "--batch_size 6"),
-                                         (["--no-prompt_loss"], "--prompt_loss False"), (["--data", "other.jsonl"], "--data"), (["--learning_rate", "1"], "--learning_rate 1")])
-def test_resume_refuses_changed_flags(interrupted, given, named):
-    before = sorted(os.listdir(interrupted)), (interrupted / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=re.escape(named) + ".* would change the run, which has"):
-        run("--resume", "--output_dir", interrupted, *given)
-    assert (sorted(os.listdir(interrupted)), (interrupted / "metrics.jsonl").read_bytes()) == before
+def test_train_a_template_with_the_date_resumes_tomorrow(flags, model, tmp_path, monkeypatch):
+    """Two time zones 26 hours apart stand for two days."""
+    copy, today, tomorrow = shutil.copytree(model, tmp_path / "model"), "AAA12", "BBB-14"
+    put(copy / "chat_template.jinja", "{{ strftime_now('%d') }}{{ messages[-1].content }}")
+    file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(8)])
+    for name, zone, steps in (("a", today, 4), ("b", today, 2), ("b", tomorrow, 4), ("c", tomorrow, 4)):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        run(tmp_path / name, flags, model=copy, data=file, eval_pairs=0, resume="auto", max_steps=steps)
+    monkeypatch.delenv("TZ")
+    time.tzset()
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-def test_resume_takes_flags_that_do_not_change_the_run(whole, interrupted, pairs_file):
-    run("--resume", "--output_dir", interrupted, "--max_tokens", 4000, "--logging_steps", 2, "--eval_steps", 0, "--save_total_limit", 1, "--beta", 0.1, "--data", pairs_file)
-    assert weights(interrupted) == weights(whole) and os.listdir(interrupted).count("checkpoint-8") == 1 and not (interrupted / "checkpoint-6").exists()
-
-
-def test_resume_refuses_other_data(flags, tmp_path):
-    file = write_rows(tmp_path / "pairs.jsonl", lengths_differ(26))
-    run(*flags, "--data", file, "--max_steps", 1, "--output_dir", tmp_path / "out")
-    rows = lengths_differ(26)
-    rows[0]["chosen"] += "!"
-    write_rows(file, rows)
-    with pytest.raises(UserError, match="the pairs are not those"):
-        run("--resume", "--output_dir", tmp_path / "out", "--max_steps", 2)
-
-
-def truncate(checkpoint):
-    file = checkpoint / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def flip(checkpoint):
-    content = bytearray((checkpoint / "model.safetensors").read_bytes())
-    content[-5] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(content)
-
-
-DAMAGES = {
-    "truncated": (truncate, "optimizer.safetensors is not what was written"),
-    "a flipped bit": (flip, "model.safetensors is not what was written"),
-    "a file missing": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
-    "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest cannot be used"),
-    "manifest garbage": (lambda c: (c / "manifest.json").write_bytes(b"\xff\x00{"), "manifest cannot be used"),
-    "manifest empty": (lambda c: (c / "manifest.json").write_text("{}"), "manifest is incomplete"),
-    "all files gone": (lambda c: [file.unlink() for file in c.iterdir()], "manifest cannot be used"),
+DAMAGES = {  # name: what is done to a checkpoint
+    "other bytes": lambda at: put(at / "model.safetensors", (at / "model.safetensors").read_bytes()[::-1]),
+    "cut off": lambda at: os.truncate(at / "optimizer.safetensors", 5000),
+    "of another step": lambda at: shutil.copytree(at.with_name("checkpoint-4"), at, dirs_exist_ok=True),
+    "not readable": lambda at: (at / "state.json").unlink() or (at / "state.json").symlink_to("state.json"),
+    "no manifest": lambda at: (at / "manifest.json").unlink(),
+    "manifest garbage": lambda at: put(at / "manifest.json", b"\xff\x00{"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(whole, interrupted, capfd, name):
-    spoil, reported = DAMAGES[name]
-    spoil(interrupted / "checkpoint-6")
-    run("--resume", "--output_dir", interrupted)
-    printed = capfd.readouterr()
-    assert re.search(f"checkpoint-6 is damaged .*{reported}.*: going back", printed.err) and "resumed after step 4" in printed.out
-    assert same_run(whole, interrupted, STEPS)
+def test_train_a_damaged_checkpoint_is_passed_over_and_kept(whole, interrupted, capfd, name):
+    damaged = interrupted / "checkpoint-6"
+    DAMAGES[name](damaged)
+    before = listing(damaged)
+    run(interrupted, resume=True, max_steps=5)
+    errors = capfd.readouterr().err
+    assert "checkpoint-6" in errors and errors.count("\n") == 1 and listing(damaged) == before
+    run(interrupted, resume=True, max_steps=STEPS)
+    assert weights(interrupted) == weights(whole)
 
 
-def test_no_checkpoint_is_an_error_that_names_the_way_out(interrupted, tmp_path):
-    for step in (2, 4, 6):
-        truncate(interrupted / f"checkpoint-{step}")
-    for out in (interrupted, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no checkpoint to resume from; start afresh"):
-            run("--resume", "--output_dir", out)
-    assert sorted(train.checkpoints(interrupted)) == [2, 4, 6]  # they may hold what a person can save
+def test_train_save_total_limit_with_a_checkpoint_that_is_a_link(interrupted, tmp_path):
+    moved = (interrupted / "checkpoint-2").rename(tmp_path / "moved")
+    (interrupted / "checkpoint-2").symlink_to(moved)
+    run(interrupted, resume=True, save_total_limit=2)
+    assert set(train.checkpoints(interrupted)) - {2} == {6, 8} and (moved / "model.safetensors").exists()
 
 
-def test_leftovers_of_a_kill_go(whole, interrupted):
-    shutil.copytree(interrupted / "checkpoint-6", interrupted / "checkpoint-7.tmp")
-    shutil.copytree(interrupted / "checkpoint-6", interrupted / "final")
-    (interrupted / "final.tmp").mkdir()
-    run("--resume", "--output_dir", interrupted)
-    assert sorted(os.listdir(interrupted)) == sorted(os.listdir(whole)) and same_run(whole, interrupted, STEPS)
+def test_train_cut_back_drops_later_lines_and_one_cut_off(tmp_path):
+    """A garbled line in the middle takes nothing with it; the cut goes through a character."""
+    kept = ['{"step": 1, "a": "ä"}', '{"step": 2}']
+    content = [kept[0], "#garbled", '{"step": 3}', kept[1], '{"step": 2, "a": "ä']
+    file = put(tmp_path / "samples.jsonl", "\n".join(content).encode()[:-1])
+    train.cut_back(file, 2)
+    assert [line for line in Path(file).read_text().splitlines() if line != "#garbled"] == kept
 
 
-@pytest.mark.parametrize("limit, left", [(1, [6]), (2, [5, 6]), (0, [1, 2, 3, 4, 5, 6])])
-def test_save_total_limit(flags, tmp_path, limit, left):
-    run(*flags, "--eval_steps", 0, "--save_steps", 1, "--max_steps", 6, "--save_total_limit", limit, "--output_dir", tmp_path)
-    assert list(train.checkpoints(tmp_path)) == left and not any(train.damage(d) for d in train.checkpoints(tmp_path).values())
+def test_train_a_checkpoint_that_was_tampered_with_is_refused_or_works(whole, tmp_path, monkeypatch):
+    """Other values in JSON files, other tensors in the optimizer's, a manifest that agrees: no traceback."""
+    import hashlib
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    original, chance, outcomes = whole / "checkpoint-2", random.Random(0), set()
+    contents = {name: read_json(str(original / name)) for name in ("state.json", "train_config.json")}
+    contents["optimizer.safetensors"] = load_file(original / "optimizer.safetensors")
+    for name, key in [(name, key) for name in contents for key in contents[name]]:
+        checkpoint = shutil.copytree(original, tmp_path / name / key / "checkpoint-2")
+        if name == "optimizer.safetensors":
+            save_file(contents[name] | {key: torch.zeros(3)}, checkpoint / name)
+        else:
+            put(checkpoint / name, contents[name] | {key: chance.choice([None, -1, "x", ["x"], {}, True])})
+        changed = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}
+        put(checkpoint / "manifest.json", read_json(str(checkpoint / "manifest.json")) | changed)
+        try:
+            outcomes.add(run(checkpoint.parent, resume=True, max_steps=3, eval_steps=0))
+        except UserError:
+            outcomes.add("refused")
+    assert outcomes == {0, "refused"}
 
 
-def test_save_steps_0_writes_the_model_alone(flags, tmp_path):
-    run(*flags, "--max_steps", 2, "--save_steps", 0, "--output_dir", tmp_path)
-    assert not train.checkpoints(tmp_path) and (tmp_path / "model.safetensors").exists()
+# ------------------------------------------------------------------------------------------------------------
+# train.py: kills and signals
 
-
-def test_only_checkpoints_are_taken_for_checkpoints(tmp_path):
-    for name in ("checkpoint-7", "checkpoint-007", "checkpoint-²", "checkpoint-", "checkpoint-x", "checkpoint-8.tmp", "checkpoint-10"):
-        (tmp_path / name).mkdir()
-    assert list(train.checkpoints(tmp_path)) == [7, 10]
-
-
-def test_cut_back(tmp_path):
-    file = tmp_path / "samples.jsonl"
-    file.write_bytes('{"step": 1, "a": "ä"}\n{"step": 3}\n{"step": 2}\n{"step": 2, "a": "ä'.encode()[:-1])  # cut off inside of a character
-    train.cut_back(str(file), 2)
-    assert file.read_text() == '{"step": 1, "a": "ä"}\n{"step": 2}\n'
-
-
-def test_bit_for_bit_on_three_ranks(forks, flags, tmp_path):
-    """DDP's first backward sums in another order than the later ones; with three ranks that is another result."""
-    args = [*flags, "--eval_steps", 0, "--max_steps", 4]
-    for r, process in enumerate(ranks(forks, 3, tmp_path / "a", [*args, "--output_dir", tmp_path / "a"])):
-        assert finish(process, tmp_path / f"a-{r}")[0] == 0
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
-    for r, process in enumerate(ranks(forks, 3, tmp_path / "b", ["--resume", "--output_dir", tmp_path / "b"])):
-        assert finish(process, tmp_path / f"b-{r}")[0] == 0
-    assert same_run(tmp_path / "a", tmp_path / "b", 4)
-
-
-def test_resume_on_another_number_of_ranks(forks, whole, interrupted):
-    """The same to floating-point order."""
-    for r, process in enumerate(ranks(forks, 2, interrupted.parent / "log", ["--resume", "--output_dir", interrupted, "--max_tokens", 100])):
-        assert finish(process, interrupted.parent / f"log-{r}")[0] == 0
-    assert [line["step"] for line in curve(interrupted)] == [line["step"] for line in curve(whole)] and largest_difference([curve(whole), curve(interrupted)], ["loss", "grad_norm"]) < 1e-4
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kills and signals
-
-SLOW_WRITE = "import time\nsync = os.fsync\nos.fsync = lambda handle: (time.sleep({}), sync(handle))\n"  # seconds for each file of a checkpoint
-
-
-def wait_for(seen, alive, seconds=60):
-    """Until seen() is true, or alive() no more."""
-    until = time.monotonic() + seconds
-    while not seen() and alive():
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.002)
+SLOW_WRITE = "import time\nsync = os.fsync\nos.fsync = lambda handle: (time.sleep(0.1), sync(handle))\n"
 
 
 @pytest.mark.parametrize("number", range(KILLS))
-def test_killed_runs_resume(forks, flags, whole, tmp_path, number):
-    """SIGKILL twice to a run: even ones at any moment, odd ones inside of a checkpoint's writing; then it ends as if nothing had been."""
-    out, chance, kills = tmp_path / "out", random.Random(number), []
-    while len(kills) < 2:
-        done = max(train.checkpoints(out), default=0)
-        again = ["--resume"] if done else [*flags, "--max_steps", STEPS, "--overwrite_output_dir"]
-        process = start(forks, tmp_path / "log", [*again, "--output_dir", out], before=SLOW_WRITE.format(0.03))
+def test_train_killed_runs_resume(flags, whole, tmp_path, number):
+    """SIGKILL twice, in even runs at any moment, in odd ones while a checkpoint is written."""
+    out, chance = tmp_path / "out", random.Random(number)
+    begin = lambda: start(out, flags, resume="auto", max_steps=STEPS, before=SLOW_WRITE)
+    for steps in ((2, 4), (6, 8)):
+        process, target = begin(), chance.choice(steps)
         if number % 2:
-            target = chance.choice(range(done + 2, STEPS + 1, 2))
-            wait_for(lambda: list(out.glob(f"checkpoint-{target}.tmp/*")), process.is_alive)
-            time.sleep(chance.uniform(0, 0.2))
-        else:
-            wait_for(lambda: " steps an epoch" in (tmp_path / "log.out").read_text(), process.is_alive)
-            time.sleep(chance.uniform(0, 1.2))
-        inside = [path.name for path in out.glob("*.tmp")]
+            while process.poll() is None and not list(out.glob(f"*checkpoint-{target}*/*")):
+                time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.6 if number % 2 else 6))
         process.kill()
-        process.join()
-        if process.exitcode == 0:  # it was faster
-            shutil.rmtree(out / f"checkpoint-{STEPS}")
-        else:
-            kills.append(f"after {max(train.checkpoints(out), default=0)}" + "".join(f", inside of {name}" for name in inside))
-    assert not any(train.damage(directory) for directory in train.checkpoints(out).values())  # complete or absent
-    process = start(forks, tmp_path / "log", ["--resume", "--output_dir", out] if train.checkpoints(out) else [*flags, "--max_steps", STEPS, "--overwrite_output_dir", "--output_dir", out])
-    assert finish(process, tmp_path / "log")[0] == 0
-    print(f"killed: {'; '.join(kills)}")
-    assert same_run(whole, out, STEPS) and not list(out.glob("*.tmp"))
+        process.wait()
+        assert not any(map(train.damage, train.checkpoints(out).values()))  # complete or absent
+    assert finish(begin())[0] == 0
+    assert same_run(whole, out) and set(os.listdir(out)) == set(os.listdir(whole))
 
 
-@pytest.mark.parametrize("number, status, moment", [(signal.SIGTERM, 143, 2 + i % 5) for i in range(max(1, KILLS // 4))] + [(signal.SIGINT, 130, 3)])
-def test_a_signal_finishes_the_step_saves_and_ends(forks, flags, whole, tmp_path, number, status, moment):
-    out, log = tmp_path / "out", tmp_path / "log"
-    slow = "import time, data\nmake = data.make_packs\ndata.make_packs = lambda *a, **k: (time.sleep(0.2), make(*a, **k))[1]\n"
-    process = start(forks, log, [*flags, "--save_steps", 100, "--max_steps", STEPS, "--output_dir", out], before=slow)
-    wait_for(lambda: f"step {moment}/" in Path(f"{log}.out").read_text(), process.is_alive)
-    os.kill(process.pid, number)
-    code, printed, errors = finish(process, log, 30)
-    (saved,) = train.checkpoints(out)
-    assert code == status and f"{number.name}: stopped after step {saved}, which is saved; go on with --resume" in printed and not errors
-    assert moment <= saved < STEPS and lines(out)[-1]["step"] == saved and not (out / "model.safetensors").exists()
-    run("--resume", "--output_dir", out)
-    assert same_run(whole, out, STEPS)
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_train_a_signal_finishes_the_step_saves_and_ends(flags, whole, tmp_path, monkeypatch, number, status):
+    on_step(monkeypatch, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
+    assert run(tmp_path, flags, save_steps=100, max_steps=STEPS) == status
+    assert [*train.checkpoints(tmp_path), lines(tmp_path)[-1]["step"]] == [3, 3] and not weights(tmp_path)
+    run(tmp_path, resume=True)
+    assert same_run(whole, tmp_path)
 
 
-def test_a_second_sigint_ends_at_once(forks, flags, tmp_path):
-    out, log = tmp_path / "out", tmp_path / "log"
-    process = start(forks, log, [*flags, "--max_steps", 99, "--output_dir", out], before=SLOW_WRITE.format(30))
-    wait_for(lambda: list(out.glob("checkpoint-2.tmp/manifest.json")), process.is_alive)
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert process.is_alive()
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process, log, 5)[0] == -signal.SIGINT
+@pytest.mark.parametrize("number, status, left", [(signal.SIGTERM, 143, 1), (signal.SIGKILL, 1, 0)])
+def test_train_what_one_rank_meets_ends_all(flags, tmp_path, number, status, left):
+    """SIGTERM: none ends before the checkpoint is whole: torchrun would kill the rest. SIGKILL: one line."""
+    endless = dict(flags, eval_steps=0, save_steps=0, logging_steps=5, max_steps=10_000)
+    first, second = ranks(tmp_path, [endless] * 2, before=SLOW_WRITE)
+    while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("*.jsonl")):
+        time.sleep(0.002)
+    second.send_signal(number)
+    assert finish(second)[0] == (status if left else -number)
+    assert [train.damage(checkpoint) for checkpoint in train.checkpoints(tmp_path).values()] == [""] * left
+    ended, _, errors = finish(first)
+    assert ended == status and (left or re.fullmatch("train.py: .*another rank.*\n", errors))
 
 
-def test_sigint_before_the_loop_needs_no_traceback(forks, flags, tmp_path):
-    before = "import data, signal\ndata.read_pairs = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
-    assert finish(start(forks, tmp_path / "log", [*flags, "--output_dir", tmp_path / "out"], before=before), tmp_path / "log") == (130, "", "")
+# ------------------------------------------------------------------------------------------------------------
+# train.py: the trajectory does not depend on the hardware
 
 
-def torchrun(home, flags):
-    """torchrun with two ranks, in the step loop; (process, the pids of its workers, its log)."""
-    log, script = home / "log", home / "train.py"  # the script leaves its pid behind
-    script.write_text(f"import os, runpy, sys\nopen({str(home)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\nsys.path.insert(0, {str(HERE)!r})\nrunpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags, "--max_steps", 100_000, "--save_steps", 0, "--eval_steps", 0, "--output_dir", home / "out"]
-    with open(log, "w") as file:
-        process = subprocess.Popen([str(part) for part in command], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
-    wait_for(lambda: (home / "out" / "metrics.jsonl").exists(), lambda: process.poll() is None)
-    return process, [int((home / f"pid{r}").read_text()) for r in range(2)], log
+def largest_difference(one, other, keys=("loss", "nll_loss", "grad_norm")):
+    """Over all steps, relative."""
+    first, second = ([[line[key] for key in keys] for line in curve(out, keys[0])] for out in (one, other))
+    return np.max(np.abs(np.array(second) - first) / np.abs(first))
 
 
-def test_torchrun_all_ranks_agree_on_the_step(flags, tmp_path):
-    process, workers, log = torchrun(tmp_path, flags)
-    os.kill(workers[1], signal.SIGTERM)  # one alone: the other must hear of it
-    process.wait(60)
-    printed = log.read_text()
-    (saved,) = train.checkpoints(tmp_path / "out")
-    assert f"SIGTERM: stopped after step {saved}, which is saved" in printed and "exitcode  : 143" in printed, printed
-    assert not train.damage(tmp_path / "out" / f"checkpoint-{saved}")
+@pytest.mark.parametrize("shape, given", [
+    (SHAPE, dict(batch_size=7)),  # an uneven batch, and a short last one
+    (SHAPE, dict(batch_size=2, prompt_loss=False)),  # fewer pairs than ranks
+    (MOE, dict(batch_size=7, output_router_logits=True))])
+def test_train_ranks_and_max_tokens_change_nothing(flags, tmp_path, shape, given):
+    keys = ["loss", "nll_loss", "grad_norm"] + ["aux_loss"] * (shape is MOE)
+    common = flags | given | dict(model=make_model(tmp_path / "model", shape), save_steps=0, max_steps=10)
+    run(tmp_path / "one", common)
+    for count, max_tokens in ((1, 70), (2, 70), (3, 150)):
+        run_ranks(out := tmp_path / f"{count}", count, common, max_tokens=max_tokens)
+        assert largest_difference(tmp_path / "one", out, keys) < 1e-4
+        assert largest_difference(tmp_path / "one", out, ["eval_loss"]) < 1e-4
 
 
-def test_torchrun_a_dead_rank_takes_the_others_down(flags, tmp_path):
-    process, workers, log = torchrun(tmp_path, flags)
-    os.kill(workers[1], signal.SIGKILL)
-    assert process.wait(60) == 1 and "train.py: rank 0 ends because another rank has ended" in log.read_text()
-    for worker in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
+def test_train_resume_on_three_ranks_is_exact_and_on_two_close(flags, tmp_path):
+    """DDP's first backward sums in another order than later ones; with three ranks that is another result."""
+    a, b, c = (tmp_path / name for name in "abc")
+    run_ranks(a, 3, flags, eval_steps=0, max_steps=4)
+    for copy, count, max_tokens in ((b, 3, 8192), (c, 2, 100)):
+        shutil.copytree(a, copy)
+        shutil.rmtree(copy / "checkpoint-4")
+        run_ranks(copy, count, resume=True, max_tokens=max_tokens)
+    assert same_run(a, b, 4) and largest_difference(a, c) < 1e-4
 
 
-def test_no_rank_ends_before_the_checkpoint_is_written(forks, flags, tmp_path):
-    """torchrun kills the other ranks half a minute after one has ended."""
-    out = tmp_path / "out"
-    first, second = ranks(forks, 2, tmp_path / "log", [*flags, "--eval_steps", 0, "--save_steps", 0, "--max_steps", 10000, "--output_dir", out], before=SLOW_WRITE.format(0.2))
-    wait_for(lambda: (out / "metrics.jsonl").exists(), first.is_alive)
-    os.kill(second.pid, signal.SIGTERM)
-    code, _, errors = finish(second, tmp_path / "log-1")
-    assert code == 143 and len(train.checkpoints(out)) == 1 and not list(out.glob("*.tmp")), errors
-    assert finish(first, tmp_path / "log-0")[0] == 143
+def test_train_ranks_with_different_flags_end_in_a_line(flags, tmp_path):
+    ended = [finish(process) for process in ranks(tmp_path, [flags, flags | {"beta": 0.3}])]
+    assert all(status and errors.count("\n") == 1 for status, _, errors in ended), ended
+    assert any("--beta" in errors for _, _, errors in ended)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The trajectory does not depend on the hardware.
+def test_train_names_a_max_tokens_that_works(flags, tmp_path):
+    common = dict(flags, model=make_model(tmp_path / "model", MOE), output_router_logits=True, max_steps=5)
+    with pytest.raises(UserError, match="--max_tokens 30") as refused:
+        run(tmp_path / "refused", common, max_tokens=30)
+    needed = max(map(int, re.findall(r"\d+", str(refused.value))))
+    assert run(tmp_path / "enough", common, max_tokens=needed) == 0
 
 
-@pytest.fixture(scope="session")
-def tiny_moe(tmp_path_factory):
-    """A mixture of experts over the demo's bytes, with its tokenizer."""
-    directory = tmp_path_factory.mktemp("moe")
-    hf = dict(model_type="mixtral", architectures=["MixtralForCausalLM"], vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1, max_position_embeddings=256, eos_token_id=256)
-    model = Transformer(Config.from_hf(hf), hf).initialise(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)  # routes that differ
-    model.save_pretrained(directory, torch.float32)
-    demo_tokenizer().save_pretrained(directory)
-    return directory
-
-
-def largest_difference(curves, keys):
-    """Over all runs and steps, relative to the first run."""
-    first, *others = [[[line[key] for key in keys] for line in curve if "loss" in line] for curve in curves]
-    return max(np.max(np.abs(np.array(other) - first) / np.abs(first)) for other in others)
-
-
-HARDWARE = {  # name: (model, batch size, more): 23 pairs are trained on
-    "an uneven batch, a short last one": ("", 7, []),
-    "fewer pairs than ranks": ("", 2, ["--no-prompt_loss"]),
-    "mixture of experts": ("moe", 7, ["--output_router_logits"]),
-}
-
-
-@pytest.mark.parametrize("name", HARDWARE)
-def test_ranks_and_max_tokens_change_nothing(forks, flags, tiny_moe, tmp_path, name):
-    model, batch_size, more = HARDWARE[name]
-    keys = ["loss", "nll_loss", "grad_norm"] + ["aux_loss"] * (model == "moe")
-    args = [*flags, *more, "--batch_size", batch_size, "--learning_rate", 1e-3, "--save_steps", 0, "--max_steps", 10]
-    args += ["--model", tiny_moe] if model else []
-    runs = [(1, 70), (1, 150), (1, 8192), (2, 70), (3, 150)]
-    if KILLS >= 20:  # all of them
-        runs = [(count, tokens) for count in (1, 2, 3) for tokens in (70, 150, 8192)]
-    for count, tokens in runs:
-        out = tmp_path / f"{count}-{tokens}"
-        here = [*args, "--max_tokens", tokens, "--output_dir", out]
-        if count == 1:
-            run(*here)
-        else:
-            for r, process in enumerate(ranks(forks, count, out, here)):
-                code, _, errors = finish(process, f"{out}-{r}")
-                assert code == 0, errors
-    curves = [curve(tmp_path / f"{count}-{tokens}") for count, tokens in runs]
-    evaluations = [[line for line in c if "eval_loss" in line] for c in curves]
-    worst, worst_eval = largest_difference(curves, keys), max(abs(e[-1]["eval_loss"] / evaluations[0][-1]["eval_loss"] - 1) for e in evaluations)
-    print(f"{name}: largest relative difference over 10 steps: training {worst:.1e}, evaluation {worst_eval:.1e}")
-    assert worst < 1e-4 and worst_eval < 1e-4
-
-
-def test_the_smallest_max_tokens_is_named_and_works(flags, tiny_moe, tmp_path):
-    for more in ([], ["--model", tiny_moe], ["--model", tiny_moe, "--output_router_logits"]):
-        args = [*flags, *more, "--max_steps", 5, "--overwrite_output_dir", "--output_dir", tmp_path]
-        with pytest.raises(UserError, match="use at least that") as refused:
-            run(*args, "--max_tokens", 30)
-        needed = int(re.search(r"needs (\d+)", str(refused.value))[1])
-        with pytest.raises(UserError, match="use at least that"):
-            run(*args, "--max_tokens", needed - 1)
-        assert run(*args, "--max_tokens", needed) == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules, weight decay, clipping, normalisation
+# ------------------------------------------------------------------------------------------------------------
+# train.py: schedules, normalisation, optimizer
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "inverse_sqrt", "constant"])
-@pytest.mark.parametrize("warmup", [0, 7])
-def test_schedules_are_transformers(kind, warmup):
-    """After the warmup; within it, ours is one step ahead: it begins above 0 and reaches the peak in its last step."""
-    transformers = pytest.importorskip("transformers")
-    flags = train.Flags(learning_rate=2.0, lr_scheduler_type=kind, warmup_steps=warmup, warmup_ratio=0.0)
+@pytest.mark.parametrize("warmup, given", [(0, {}), (5, dict(warmup_steps=5)), (5, dict(warmup_ratio=0.1))])
+def test_train_schedules_are_transformers(kind, warmup, given):
+    """After the warmup; within it, ours is a step ahead: it begins above 0 and its last step has the peak."""
+    flags = train.Flags(**(dict(learning_rate=2.0, lr_scheduler_type=kind, warmup_ratio=0.0) | given))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    theirs = transformers.get_scheduler("constant_with_warmup" if kind == "constant" else kind, optimizer, warmup, 50)
+    schedule = pytest.importorskip("transformers").get_scheduler
+    theirs = schedule("constant_with_warmup" if kind == "constant" else kind, optimizer, warmup, 50)
     for step in range(50):
         expected = 2.0 * (step + 1) / warmup if step < warmup else theirs.get_last_lr()[0]
         assert train.learning_rate(flags, step, 50) == pytest.approx(expected, rel=1e-9)
@@ -2755,502 +1859,304 @@ def test_schedules_are_transformers(kind, warmup):
         theirs.step()
 
 
-def test_warmup_ratio():
-    flags = train.Flags(learning_rate=1.0, warmup_ratio=0.1)
-    assert [train.learning_rate(flags, step, 25) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1 - 0 / 22])
+def plain_step(model, pairs, beta, prompt_loss):
+    """What a step of these pairs logs, by plain passes over one sequence at a time."""
+    sft, means = [], []
+    for prompt, chosen, rejected in pairs:
+        for response in (chosen, rejected):
+            ids = torch.tensor([[*prompt, *response]])
+            scores = model.logits(ids)[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            means.append(scores[len(prompt) - 1 :].mean())
+            if response is chosen:
+                sft.append(scores if prompt_loss else scores[len(prompt) - 1 :])
+    chosen, rejected = torch.stack(means).view(-1, 2).unbind(1)
+    ratio = chosen - torch.log(-torch.expm1(chosen)) - rejected + torch.log(-torch.expm1(rejected))
+    nll, preference = -torch.cat(sft).mean(), F.logsigmoid(ratio).mean()
+    loss = nll - beta * preference
+    norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
+    values = {"rewards/margins": beta * (chosen - rejected).mean(), "logps/rejected": rejected.mean(),
+              "loss": loss, "nll_loss": nll, "log_odds_ratio": preference, "grad_norm": norm}
+    return {name: value.item() for name, value in values.items()}
 
 
-class Watched(torch.optim.AdamW):
-    """AdamW that remembers its groups and the gradient norm of each step."""
-
-    def __init__(self, groups, **options):
-        super().__init__(groups, **options)
-        Watched.groups, Watched.norms = self.param_groups, []
-
-    def step(self):
-        Watched.norms.append(float(torch.nn.utils.get_total_norm([p.grad for group in self.param_groups for p in group["params"]])))
-        return super().step()
-
-
-def test_weight_decay_and_clipping(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    run(*flags, "--max_steps", 3, "--weight_decay", 0.1, "--max_grad_norm", 0.25, "--output_dir", tmp_path / "a")
-    decayed, kept = Watched.groups
-    assert decayed["weight_decay"] == 0.1 and all(p.ndim == 2 for p in decayed["params"]) and kept["weight_decay"] == 0 and all(p.ndim == 1 for p in kept["params"])
-    assert len(decayed["params"]) + len(kept["params"]) == len(load_file(tmp_path / "a" / "model.safetensors"))
-    logged = [line["grad_norm"] for line in lines(tmp_path / "a") if "loss" in line]
-    assert Watched.norms == pytest.approx([0.25] * 3, rel=1e-4) and min(logged) > 0.3  # before clipping
-    run(*flags, "--max_steps", 2, "--max_grad_norm", 0, "--output_dir", tmp_path / "b")
-    assert Watched.norms == pytest.approx([line["grad_norm"] for line in lines(tmp_path / "b") if "loss" in line], rel=1e-4)
-
-
-def plain_sft(pairs, prompt_loss):
-    """Token-mean negative log-likelihood of the demo's first weights on prompt + chosen, by the plain path; one pair at a time."""
-    hf = train.DEMO_SHAPE | {"vocab_size": 257}
-    model, total, count = Transformer(Config.from_hf(hf), hf).initialise(0), 0.0, 0
-    for prompt, chosen, _ in pairs:
-        ids = torch.tensor([[*prompt, *chosen]])
-        logps = model.logits(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        logps = logps if prompt_loss else logps[len(prompt) - 1 :]
-        total, count = total - logps.sum(), count + len(logps)
-    loss = total / count
-    loss.backward()
-    return float(loss.detach()), float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
-
-
-@pytest.mark.parametrize("prompt_loss", [True, False])
-def test_beta_0_is_plain_sft_normalised_over_the_whole_batch(pairs_file, flags, tmp_path, prompt_loss):
-    """With packs of one or two pairs, whose own means would give another number."""
-    given = [*flags, "--eval_pairs", 0, "--beta", 0, "--max_steps", 1, "--max_tokens", 75, "--output_dir", tmp_path] + ["--no-prompt_loss"] * (not prompt_loss)
-    run(*given)
-    pairs = data.tokenize_pairs(data.read_pairs(pairs_file), demo_tokenizer())
-    (line,) = lines(tmp_path)
-    loss, norm = plain_sft([pairs[i] for i in train.step_indices(26, 5, 0, 0)[0]], prompt_loss)
-    assert line["loss"] == line["nll_loss"] == pytest.approx(loss, rel=1e-5) and line["grad_norm"] == pytest.approx(norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("max_tokens", [75, 8192])
-def test_each_step_is_the_mean_over_its_own_pairs(pairs_file, flags, tmp_path, max_tokens):
-    """All six steps of an epoch, the last with one pair, at weights that hardly move; the expected numbers from plain passes, a pair at a time."""
-    run(*flags, "--eval_pairs", 0, "--beta", 0.7, "--max_steps", 6, "--learning_rate", 1e-12, "--max_tokens", max_tokens, "--save_steps", 0, "--output_dir", tmp_path)
-    pairs, model = data.tokenize_pairs(data.read_pairs(pairs_file), demo_tokenizer()), Transformer.from_pretrained(tmp_path)
+@pytest.mark.parametrize("max_tokens, beta, prompt_loss", [(75, 0.7, True), (999, 0.7, False), (75, 0, True)])
+def test_train_each_step_is_the_mean_over_its_own_pairs(flags, tmp_path, max_tokens, beta, prompt_loss):
+    """All of an epoch, the last with one pair, at weights that hardly move; small packs, or one a step."""
+    given = dict(max_tokens=max_tokens, beta=beta, prompt_loss=prompt_loss, learning_rate=1e-12, eval_pairs=0)
+    run(tmp_path, flags | given, max_steps=6)
+    pairs = tokenize_pairs(read_pairs(flags["data"]), demo_tokenizer())
+    model = Transformer.from_pretrained(tmp_path)
     for line in lines(tmp_path):
-        logps, sft = [], []
-        indices = train.step_indices(26, 5, 0, line["step"] - 1)[0]
+        indices = data.step_indices(26, 5, 0, line["step"] - 1)[0]
         assert len(indices) == (1 if line["step"] == 6 else 5)
-        for prompt, *responses in (pairs[i] for i in indices):
-            for response in responses:
-                ids = torch.tensor([[*prompt, *response]])
-                with torch.no_grad():
-                    scores = model.logits(ids)[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-                sft += scores.tolist() if response is responses[0] else []
-                logps.append(scores[len(prompt) - 1 :].mean())
-        chosen, rejected = torch.stack(logps).view(-1, 2).unbind(1)
-        odds = lambda x: x - torch.log(-torch.expm1(x))
-        ratio = odds(chosen) - odds(rejected)
-        expected = dict(nll_loss=-np.mean(sft), log_odds_ratio=torch.nn.functional.logsigmoid(ratio).mean(), log_odds_chosen=ratio.mean(), **{
-            "rewards/chosen": 0.7 * chosen.mean(), "rewards/rejected": 0.7 * rejected.mean(), "rewards/accuracies": (chosen > rejected).double().mean(),
-            "rewards/margins": 0.7 * (chosen - rejected).mean(), "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean()})
-        expected["loss"] = expected["nll_loss"] - 0.7 * expected["log_odds_ratio"]
-        assert {key: line[key] for key in expected} == pytest.approx({key: float(value) for key, value in expected.items()}, abs=1e-5)
-
-
-def test_the_logged_learning_rate_is_the_one_used(flags, tmp_path, monkeypatch):
-    used, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: used.append(self.param_groups[0]["lr"]) or step(self))
-    run(*flags, "--eval_pairs", 0, "--max_steps", 5, "--output_dir", tmp_path)
-    assert used == [line["learning_rate"] for line in lines(tmp_path)] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
-
-
-def test_speeds_count_the_steps_since_the_last_line(pairs_file, flags, tmp_path):
-    run(*flags, "--eval_pairs", 0, "--max_steps", 8, "--logging_steps", 2, "--output_dir", tmp_path)
-    spans = data.tokenize_pairs(data.read_pairs(pairs_file), demo_tokenizer()).spans().sum(1)
-    for line in lines(tmp_path):
-        indices = np.concatenate([train.step_indices(26, 5, 0, step)[0] for step in (line["step"] - 2, line["step"] - 1)])
-        assert line["tokens_per_second"] / line["pairs_per_second"] == pytest.approx(spans[indices].mean(), rel=1e-9)
-
-
-def test_every_pair_once_an_epoch():
-    steps = [train.step_indices(23, 5, 9, step) for step in range(10)]
-    for epoch in (steps[:5], steps[5:]):
-        assert sorted(np.concatenate([indices for indices, _ in epoch])) == list(range(23)) and len(epoch[-1][0]) == 3
-    assert [done for _, done in steps[3:7]] == pytest.approx([20 / 23, 1.0, 1 + 5 / 23, 1 + 10 / 23])
-    assert list(steps[0][0]) != list(steps[5][0])
-
-
-def test_fractions_of_an_epoch(flags, tmp_path, capsys):
-    run(*flags, "--num_train_epochs", 1.3, "--output_dir", tmp_path)
-    assert lines(tmp_path)[-1]["step"] == 7 and "5 steps an epoch, 7 steps" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Faults while running
-
-
-def faulty(bad_steps, real=orpo.orpo_loss):
-    """orpo_loss that gives an infinite loss in the given steps (counted from 1, one pack a step)."""
-    calls = 0
-
-    def loss(logps, *arguments):
-        nonlocal calls
-        calls += logps.requires_grad
-        value, metrics = real(logps, *arguments)
-        return (value * math.inf if logps.requires_grad and calls in bad_steps else value), metrics
-
-    return loss
-
-
-def test_a_step_without_a_finite_gradient_is_reported_and_left_out(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "orpo_loss", faulty({3}))
-    run(*flags, "--save_steps", 1, "--logging_steps", 2, "--max_steps", 4, "--output_dir", tmp_path / "a")
-    assert weights(tmp_path / "a" / "checkpoint-2") == weights(tmp_path / "a" / "checkpoint-3") != weights(tmp_path / "a" / "checkpoint-4")
-    pairs = [int(n) for n in re.search(r"step 3: the loss or its gradient is not finite; the weights stay as they were. Rows: \[(.*)\]", capsys.readouterr().out)[1].split(",")]
-    order = np.random.default_rng([0, 2**32]).permutation(26)[3:]
-    assert pairs == [int(i) + 1 for i in np.sort(order)[train.step_indices(23, 5, 0, 2)[0]]]
-    monkeypatch.setattr(train, "orpo_loss", faulty({3}))
-    run(*flags, "--save_steps", 0, "--max_steps", 4, "--output_dir", tmp_path / "b")
-    once, twice = ([line for line in curve(tmp_path / name) if "loss" in line] for name in "ab")
-    by_step = {line["step"]: line for line in twice}
-    assert sorted(by_step) == [1, 2, 4] and once[-1]["loss"] == by_step[4]["loss"]  # a line of two steps has the mean of the good one
-    assert once[0]["loss"] == (by_step[1]["loss"] + by_step[2]["loss"]) / 2
-
-
-@pytest.mark.parametrize("logging_steps", [1, 4])
-def test_too_many_in_a_row_end_the_run(flags, tmp_path, monkeypatch, capsys, logging_steps):
-    monkeypatch.setattr(train, "orpo_loss", faulty({2, 4, 5, 6, 7, 8}))
-    with pytest.raises(UserError, match=f"step 8: {train.BAD_STEPS} steps in a row without a finite gradient.*Intact: .*checkpoint-6"):
-        run(*flags, "--max_steps", 20, "--logging_steps", logging_steps, "--output_dir", tmp_path)
-    assert capsys.readouterr().out.count("not finite") == 6
-    assert all(p.isfinite().all() for p in load_file(tmp_path / "checkpoint-6" / "model.safetensors").values())
-
-
-def test_nan_in_the_weights(flags, tmp_path):
-    run(*flags, "--max_steps", 2, "--output_dir", tmp_path)
-    model = load_file(tmp_path / "model.safetensors")
-    model["model.norm.weight"][0] = math.nan
-    save_file(model, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="5 steps in a row without a finite gradient.*There is no checkpoint yet"):
-        run(*flags, "--model", tmp_path, "--max_steps", 9, "--save_steps", 0, "--output_dir", tmp_path / "out")
-
-
-def test_an_infinite_loss_on_one_rank_leaves_the_step_out_on_all(forks, flags, tmp_path):
-    before = "import orpo\nif os.environ['RANK'] == '1':\n    real = orpo.orpo_loss\n    orpo.orpo_loss = lambda *a: (real(*a)[0] * float('inf'), real(*a)[1])\n"
-    out = tmp_path / "out"
-    for r, process in enumerate(ranks(forks, 2, out, [*flags, "--max_steps", 20, "--save_steps", 4, "--output_dir", out], before=before)):
-        code, _, errors = finish(process, f"{out}-{r}")
-        assert code == 1 and errors.count("5 steps in a row without a finite gradient") == 1 == errors.count("\n")
-    first = Transformer(Config.from_hf(train.DEMO_SHAPE | {"vocab_size": 257}), {}).initialise(0)
-    saved = load_file(out / "checkpoint-4" / "model.safetensors")
-    assert all(torch.equal(saved[name], parameter) for name, parameter in first.named_parameters())
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(forks, flags, tmp_path):
-    """A limit on the size of a file stands for the disk: the optimizer's file is over it, the model's is not."""
-    out, log = tmp_path / "out", tmp_path / "log"
-    run(*flags, "--max_steps", 2, "--output_dir", out)
-    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))\n"
-    code, _, errors = finish(start(forks, log, ["--resume", "--max_steps", 9, "--output_dir", out], before=full), log)
-    assert code == 1 and re.fullmatch(r"train.py: .*checkpoint-4: could not be written \(.*\); make room or choose another --output_dir, then --resume .*\n", errors), errors
-    assert list(train.checkpoints(out)) == [2] and not train.damage(out / "checkpoint-2") and not list(out.glob("*.tmp")) and (out / "model.safetensors").exists()
-    assert run("--resume", "--max_steps", 5, "--output_dir", out) == 0
-
-
-def test_metrics_that_cannot_be_written(forks, flags, tmp_path):
-    before = "import builtins\nreal = open\ndef full(path, mode='r', **k):\n    if mode == 'a':\n        raise OSError(28, 'No space left on device')\n    return real(path, mode, **k)\nbuiltins.open = full\n"
-    code, _, errors = finish(start(forks, tmp_path / "log", [*flags, "--output_dir", tmp_path / "out"], before=before), tmp_path / "log")
-    assert code == 1 and re.fullmatch(r"train.py: .*metrics.jsonl: cannot be written \(No space left on device\); make room, then go on with --resume\n", errors)
-
-
-def test_closed_standard_output(tmp_path):
-    shell = f"{sys.executable} {HERE / 'train.py'} --max_steps 1 --output_dir {tmp_path / 'out'} | head -1"
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
-    assert re.fullmatch(r"train.py: .*Broken pipe.*\n", done.stderr)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, and nothing damaged. (name, what to run, exit status, the line)
-
-
-def good_model(directory):
-    hf = train.DEMO_SHAPE | {"vocab_size": 257, "architectures": ["LlamaForCausalLM"]}
-    Transformer(Config.from_hf(hf), hf).initialise(0).save_pretrained(directory, torch.float32)
-    demo_tokenizer().save_pretrained(directory)
-    return directory
-
-
-def small_vocabulary(t):
-    hf = train.DEMO_SHAPE | {"vocab_size": 100}
-    Transformer(Config.from_hf(hf), hf).initialise(0).save_pretrained(t / "m", torch.float32)
-    demo_tokenizer().save_pretrained(t / "m")
-    return ["--model", t / "m"]
-
-
-def few_positions(t):
-    hf = dict(model_type="gpt2", vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=24)
-    Transformer(Config.from_hf(hf), hf).initialise(0).save_pretrained(t / "m", torch.float32)
-    demo_tokenizer().save_pretrained(t / "m")
-    return ["--model", t / "m"]
-
-
-def without_eos(t):
-    good_model(t / "m")
-    settings = json.loads((t / "m" / "tokenizer_config.json").read_text())
-    del settings["eos_token"]
-    (t / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
-    return ["--model", t / "m"]
-
-
-def with_template(t, template):
-    good_model(t / "m")
-    (t / "m" / "chat_template.jinja").write_text(template)
-    return ["--model", t / "m"]
-
-
-def conversations(t, name="c.jsonl"):
-    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
-    bad = row | {"prompt": [{"role": "tool", "content": "q"}]}
-    return ["--data", write_rows(t / name, [row] * 3 + [bad])]
-
-
-def a_run(t):
-    (t / "out").mkdir()
-    (t / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
-    return []
-
-
-def a_file(t):
-    (t / "out").write_text("mine")
-    return []
-
-
-def prompts(t, content, name="p.jsonl"):
-    (t / name).write_bytes(content)
-    return ["--prompts", t / name]
-
-
-ONLY_USERS = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{{ m.content }}{% endfor %}"
-NO_LIBRARY = "import importlib.util\nfind = importlib.util.find_spec\nimportlib.util.find_spec = lambda name, *a: None if name in ('wandb', 'tensorboard') else find(name, *a)\n"
-NO_MEMORY = "import orpo, torch\ndef full(*a):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB\\nmore')\norpo.orpo_loss = full\n"
-NOT_FINITE = "import orpo\nreal = orpo.orpo_loss\norpo.orpo_loss = lambda *a: (real(*a)[0] * float('nan'), real(*a)[1])\n"
-FEW_GPUS = "import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 2\nos.environ['LOCAL_RANK'] = os.environ['RANK'] = '2'\n"
-TRAIN, SAMPLE = "train.py", "sample.py"
-BAD_RUNS = [  # name, script, arguments or a function of the test's directory that gives them, exit status, line; code to run before
-    ("unknown flag", TRAIN, ["--learningrate", "1"], 2, r"unknown flag --learningrate; did you mean --learning_rate\?"),
-    ("abbreviated flag", TRAIN, ["--max_step", "1"], 2, r"unknown flag --max_step; did you mean --max_steps\?"),
-    ("stray argument", TRAIN, ["data.jsonl"], 2, r"unknown flag data.jsonl; see python train.py --help"),
-    ("flag without its value", TRAIN, ["--beta"], 2, r"argument --beta: expected one argument; see"),
-    ("--data without files", TRAIN, ["--data"], 2, r"argument --data: expected at least one argument; see"),
-    ("text for a number", TRAIN, ["--batch_size", "many"], 2, r"argument --batch_size: invalid int value: 'many'"),
-    ("a fraction for a count", TRAIN, ["--max_steps", "1.5"], 2, r"argument --max_steps: invalid int value: '1.5'"),
-    ("unknown choice", TRAIN, ["--lr_scheduler_type", "step"], 2, r"invalid choice: 'step' \(choose from"),
-    ("negative beta", TRAIN, ["--beta", "-0.1"], 2, r"--beta -0.1: must be at least 0"),
-    ("beta not a number", TRAIN, ["--beta", "nan"], 2, r"--beta nan: must be at least 0"),
-    ("infinite weight decay", TRAIN, ["--weight_decay", "inf"], 2, r"--weight_decay inf: must be at least 0 and below"),
-    ("zero batch", TRAIN, ["--batch_size", "0"], 2, r"--batch_size 0: must be at least 1"),
-    ("zero learning rate", TRAIN, ["--learning_rate", "0"], 2, r"--learning_rate 0.0: must be above 0"),
-    ("endless epochs", TRAIN, ["--num_train_epochs", "1e308"], 2, r"--num_train_epochs 1e\+308: must be above 0 and below 1e9"),
-    ("Adam's beta of 1", TRAIN, ["--adam_beta2", "1"], 2, r"--adam_beta2 1.0: must be at least 0 and below 1"),
-    ("negative steps", TRAIN, ["--save_steps", "-1"], 2, r"--save_steps -1: must be at least 0"),
-    ("seed too large", TRAIN, ["--seed", str(2**64)], 2, r"--seed 18446744073709551616: must be at least 0 and below 2\^63"),
-    ("prompt fills max_length", TRAIN, ["--max_length", "100", "--max_prompt_length", "100"], 2, r"--max_prompt_length 100: must be smaller than --max_length 100"),
-    ("resume and overwrite", TRAIN, ["--resume", "--overwrite_output_dir"], 2, r"--resume and --overwrite_output_dir contradict"),
-    ("two kinds of evaluation", TRAIN, ["--eval_pairs", "5", "--eval_data", "x.jsonl"], 2, r"--eval_pairs and --eval_data: give one"),
-    ("output directory is a file", TRAIN, a_file, 1, r"out: --output_dir is a file; choose another"),
-    ("output directory in a file", TRAIN, lambda t: a_file(t) + ["--output_dir", t / "out" / "x"], 1, r"out/x: --output_dir cannot be written to \(Not a directory\)"),
-    ("output directory not writable", TRAIN, ["--output_dir", "/proc/orpo"], 1, r"/proc/orpo: --output_dir cannot be written to \("),
-    ("output directory empty", TRAIN, ["--output_dir", ""], 2, r"--output_dir is empty; name a directory"),
-    ("another run there", TRAIN, a_run, 1, r"out: holds a run or a model already; go on with it \(--resume\), discard it \(--overwrite_output_dir\), or choose"),
-    ("the model itself there", TRAIN, lambda t: ["--model", good_model(t / "out")], 1, r"out: holds a run or a model already"),
-    ("overwriting the model in use", TRAIN, lambda t: ["--model", good_model(t / "out"), "--overwrite_output_dir"], 1, r"out: --overwrite_output_dir would discard --model .*out"),
-    ("overwriting a checkpoint in use", TRAIN, lambda t: ["--model", good_model(t / "out" / "checkpoint-3"), "--overwrite_output_dir"], 1, r"would discard --model .*checkpoint-3"),
-    ("nothing to resume", TRAIN, ["--resume"], 1, r"out: no checkpoint to resume from; start afresh without --resume"),
-    ("a run without checkpoints", TRAIN, lambda t: a_run(t) + ["--resume"], 1, r"out: no checkpoint to resume from; .* \(with --overwrite_output_dir\)"),
-    ("no such model", TRAIN, ["--model", "/no/such/model"], 1, r"/no/such/model: not a directory, and not a hub id"),
-    ("a model on the hub, no network", TRAIN, ["--model", "owner/name"], 1, r"owner/name: no directory here, and the hub did not give it \("),
-    ("data on the hub, no network", TRAIN, ["--data", "owner/name"], 1, r"owner/name: no directory here, and the hub did not give it \("),
-    ("token ids beyond the model", TRAIN, small_vocabulary, 1, r"token id \d+ is beyond the model's vocabulary of 100: tokenizer and model do not belong together"),
-    ("more tokens than positions", TRAIN, few_positions, 1, r"a sequence of \d+ tokens does not fit the model's 24 positions; use --max_length 24"),
-    ("no end-of-sequence token", TRAIN, without_eos, 1, r"the tokenizer names no end-of-sequence token; set eos_token"),
-    ("a template that refuses", TRAIN, lambda t: with_template(t, ONLY_USERS) + conversations(t), 1, r"row 4: the chat template refused .*no tools here"),
-    ("a template with a fault", TRAIN, lambda t: with_template(t, "{{ messages[ }}") + conversations(t), 1, r"row 1: the chat template refused"),
-    ("a template that reaches out", TRAIN, lambda t: with_template(t, "{{ ''.__class__.__mro__ }}") + conversations(t), 1, r"row 1: the chat template refused .*SecurityError"),
-    ("max_tokens too small", TRAIN, ["--max_tokens", "10"], 1, r"--max_tokens 10: the longest pair needs \d+; use at least that, or cut pairs with --max_length"),
-    ("all pairs held out", TRAIN, ["--eval_pairs", "26"], 1, r"--eval_pairs 26: only 26 pairs are there"),
-    ("no wandb", TRAIN, ["--report_to", "wandb"], 1, r"--report_to wandb: pip install wandb", NO_LIBRARY),
-    ("no tensorboard", TRAIN, ["--report_to", "tensorboard"], 1, r"--report_to tensorboard: pip install tensorboard", NO_LIBRARY),
-    ("the GPU's memory full", TRAIN, ["--max_tokens", "900"], 1, r"the GPU's memory is full; lower --max_tokens \(now 900\) or add --gradient_checkpointing; neither changes the result", NO_MEMORY),
-    ("no finite gradient", TRAIN, ["--batch_size", "5", "--max_steps", "9", "--logging_steps", "1"], 1, r"step 5: 5 steps in a row without a finite gradient; try a lower --learning_rate. There is no checkpoint yet", NOT_FINITE),
-    ("more ranks than GPUs", TRAIN, [], 1, r"rank 2 has no GPU: this machine has 2, so use torchrun --nproc_per_node=2", FEW_GPUS),
-    ("upload without network", TRAIN, ["--push_to_hub", "me/mine", "--max_steps", "1"], 1, r"--push_to_hub me/mine: not uploaded \(.*\); the model is in .*out"),
-    ("sample: unknown flag", SAMPLE, ["--promt", "x"], 2, r"unrecognized arguments: --promt x; see"),
-    ("sample: temperature", SAMPLE, ["--temperature", "nan"], 2, r"--temperature nan: must be at least 0"),
-    ("sample: top_p", SAMPLE, ["--top_p", "0"], 2, r"--top_p 0.0: must be above 0 and at most 1"),
-    ("sample: seed", SAMPLE, ["--seed", "-1"], 2, r"--seed -1: must be at least 0"),
-    ("sample: empty prompt", SAMPLE, ["--prompt", ""], 2, r"--prompt is empty"),
-    ("sample: two kinds of prompts", SAMPLE, ["--prompt", "x", "--prompts", "y"], 2, r"--prompt and --prompts: give one of the two"),
-    ("sample: output of nothing", SAMPLE, ["--output", "x"], 2, r"--output is for the answers to --prompts, which is missing"),
-    ("sample: no such model", SAMPLE, ["--model", "/no/such/model", "--prompt", "x"], 1, r"/no/such/model: not a directory"),
-    ("sample: no such file", SAMPLE, ["--prompts", "/no/such/file"], 1, r"/no/such/file: cannot be read \(No such file or directory\)"),
-    ("sample: broken JSON", SAMPLE, lambda t: prompts(t, b'{"prompt": "x"}\n{"prompt": \n'), 1, r"p.jsonl, line 2: not valid JSON"),
-    ("sample: JSON too deep", SAMPLE, lambda t: prompts(t, b"[" * 100_000), 1, r"p.jsonl, line 1: not valid JSON"),
-    ("sample: a row without prompt", SAMPLE, lambda t: prompts(t, b'{"promt": "x"}\n'), 1, r"p.jsonl, line 1: an object with a `prompt`"),
-    ("sample: messages that are none", SAMPLE, lambda t: prompts(t, b'{"prompt": ["hi"]}\n'), 1, r"p.jsonl, line 1: an object with a `prompt`"),
-    ("sample: empty file", SAMPLE, lambda t: prompts(t, b"\n\n"), 1, r"p.jsonl: no prompts in it"),
-    ("sample: not UTF-8", SAMPLE, lambda t: prompts(t, b"caf\xe9\n", "p.txt"), 1, r"p.txt: not UTF-8 text"),
-    ("sample: nowhere to write", SAMPLE, lambda t: prompts(t, b"hi\n", "p.txt") + ["--output", t / "no" / "a.jsonl"], 1, r"a.jsonl: --output must be a file in a directory that exists"),
-    ("sample: a system without a template", SAMPLE, lambda t: ["--model", good_model(t / "m"), "--raw", "--prompt", "x", "--system", "y"], 1, r"--system needs a chat template, and --raw does without"),
-    ("sample: prompt longer than the model", SAMPLE, lambda t: few_positions(t) + ["--prompt", "x" * 24], 1, r"a prompt of 25 tokens leaves no room in the model's 24 positions; shorten it"),
-    ("sample: ids beyond the model", SAMPLE, lambda t: small_vocabulary(t) + ["--prompt", "é"], 1, r"token id \d+ is beyond the model's vocabulary of 100"),
-    ("sample: a template that refuses", SAMPLE, lambda t: with_template(t, ONLY_USERS) + prompts(t, b'{"prompt": "x"}\n{"prompt": [{"role": "tool", "content": "y"}]}\n'), 1, r"p.jsonl, prompt 2: the chat template refused"),
-]
-
-
-def listing(directory):
-    return {path.relative_to(directory): path.read_bytes() if path.is_file() else None for path in Path(directory).rglob("*")}
-
-
-@pytest.mark.parametrize("case", BAD_RUNS, ids=[case[0] for case in BAD_RUNS])
-def test_bad_run(forks, flags, tmp_path, case):
-    name, script, arguments, status, expected, *before = case
-    log = tmp_path / "log"
-    arguments = arguments(tmp_path) if callable(arguments) else arguments
-    defaults = [] if script == SAMPLE or "--resume" in arguments else ["--data", flags[1]] if "--data" not in arguments and "--model" in arguments else []
-    if script == TRAIN:
-        defaults += ["--output_dir", tmp_path / "out"] + ([] if "--resume" in arguments or "--data" in arguments else ["--data", flags[1], "--save_steps", 0])
-    found = listing(tmp_path)
-    code, printed, errors = finish(start(forks, log, [*defaults, *arguments], script=script, before=before[0] if before else ""), log)
-    print(f"| {name} | {errors.strip().replace(str(tmp_path), '.')} |")
-    assert code == status and re.fullmatch(rf"{script}: .*\n", errors) and re.search(expected, errors), (code, errors)
-    assert {path: content for path, content in listing(tmp_path).items() if path in found} == found  # all is as it was
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that somebody has tampered with
-
-try:
-    from hypothesis import HealthCheck, given, settings
-    from hypothesis import strategies as st
-
-    JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6)
-except ImportError:
-    given = None
-needs_hypothesis = pytest.mark.skipif(given is None, reason="needs hypothesis")
-
-
-@needs_hypothesis
-def test_any_manifest_is_judged(whole, tmp_path):
-    checkpoint = tmp_path / "checkpoint-2"
-    shutil.copytree(whole / "checkpoint-2", checkpoint)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    assert train.damage(checkpoint) == ""
-
-    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-    @given(st.binary(max_size=60))
-    def bytes_(content):
-        (checkpoint / "manifest.json").write_bytes(content)
-        assert isinstance(train.damage(checkpoint), str) and train.damage(checkpoint)
-
-    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-    @given(st.sampled_from(sorted(manifest)) | st.text(), JSON | st.fixed_dictionaries({"size": JSON, "sha256": JSON}))
-    def mutated(name, entry):
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest | {name: entry}))
-        assert train.damage(checkpoint)
-
-    bytes_()
-    mutated()
-
-
-@needs_hypothesis
-def test_a_checkpoint_with_other_contents_is_refused_or_works(whole, tmp_path, monkeypatch):
-    """Its manifest agrees with what somebody wrote into state.json or train_config.json: never a traceback."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    checkpoint = whole / "checkpoint-2"
-    originals = {name: json.loads((checkpoint / name).read_text()) for name in ("state.json", "train_config.json")}
-    keys = [(name, key) for name, content in originals.items() for key in content if key not in ("max_steps", "num_train_epochs", "compile")]  # these may work for long
-    outcomes = []
-
-    @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(keys), JSON | st.just("delete"))
-    def resume(place, value):
-        name, key = place
-        out = tmp_path / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        (out / "checkpoint-2").mkdir(parents=True)
-        for file in checkpoint.iterdir():
-            shutil.copy(file, out / "checkpoint-2")
-        content = originals[name] | {key: value}
-        if value == "delete":
-            del content[key]
-        (out / "checkpoint-2" / name).write_text(json.dumps(content))
-        manifest = {file.name: {"size": file.stat().st_size, "sha256": train.checksum(file)} for file in (out / "checkpoint-2").iterdir() if file.name != "manifest.json"}
-        (out / "checkpoint-2" / "manifest.json").write_text(json.dumps(manifest))
-        try:
-            outcomes.append(run("--resume", "--output_dir", out, "--max_steps", 3, "--eval_steps", 0))
-        except UserError:
-            outcomes.append("refused")
-
-    resume()
-    print({outcome: outcomes.count(outcome) for outcome in set(outcomes)})
-    assert {0, "refused"} <= set(outcomes)
-
-
-@pytest.mark.parametrize("spoil", ["name", "shape", "file"])
-def test_an_optimizer_that_does_not_fit(interrupted, spoil):
-    checkpoint = interrupted / "checkpoint-6"
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    if spoil == "name":
-        moments.pop("exp_avg.model.norm.weight")
-    elif spoil == "shape":
-        moments["exp_avg.model.norm.weight"] = torch.zeros(3)
-    save_file(moments, checkpoint / "optimizer.safetensors")
-    if spoil == "file":
-        (checkpoint / "optimizer.safetensors").write_bytes(b"no tensors here")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    file = checkpoint / "optimizer.safetensors"
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {file.name: {"size": file.stat().st_size, "sha256": train.checksum(file)}}))
-    with pytest.raises(UserError, match="checkpoint-6: cannot be resumed from .*; remove it to go back to the one before it"):
-        run("--resume", "--output_dir", interrupted)
-
-
-def test_no_pickle():
-    for file in ("train.py", "sample.py", "model.py", "data.py", "orpo.py"):
-        found = re.findall(r"torch\.(?:load|save)\b|import pickle|pickle\.|joblib|marshal|shelve|object_list|(?:gather|scatter|broadcast)_object|allow_pickle|trust_remote_code|np\.load|(?<![.\w])eval\(|(?<![.\w])exec\(", (HERE / file).read_text())
-        assert not found, (file, found)
-
-
-def trl_step(model_dir, rows, tokenizer, beta=0.1):
-    """TRL's loss, metrics and gradients for one batch of these rows, in fp32."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    trl = pytest.importorskip("trl.experimental.orpo", reason="trl is not installed")
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    config = trl.ORPOConfig(output_dir=ROOT.name, per_device_train_batch_size=len(rows), beta=beta, max_length=4096, report_to=[], use_cpu=True, disable_tqdm=True)
-    trainer = trl.ORPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
-    loss, metrics = trainer.get_batch_loss_metrics(model, batch, "train")
-    loss.backward()
-    return metrics | {"loss": loss.item()}, {name: p.grad for name, p in model.named_parameters()}
-
-
-def our_step(model_dir, rows, tokenizer, beta=0.1, max_tokens=8192, prompt_loss=True):
-    model = Transformer.from_pretrained(model_dir)
-    pairs = tokenize_pairs(rows, tokenizer, max_length=4096, max_prompt_length=2048)
-    spans = pairs.spans()
-    tokens = int(spans[:, 1].sum() + prompt_loss * spans[:, 0].sum())
-    total = 0
-    for batch in make_packs(pairs, np.arange(len(pairs)), max_tokens, prompt_loss=prompt_loss):
-        loss, metrics = orpo_loss(model(batch), batch, beta, tokens, len(pairs))
-        loss.backward()
-        total = total + metrics
-    return dict(zip(METRICS, total.tolist())), {name: p.grad for name, p in model.named_parameters()}
-
-
-# file, pairs, chat template, longest part of a row in tokens
-CASES = [("hh_harmless_test.jsonl.gz", 64, "", 500), ("orca.conv_explicit.jsonl", 32, "chatml", 1200), ("rasbt_alpaca.standard_explicit.jsonl", 64, "", 500), ("rasbt_alpaca.standard_explicit.jsonl", 1, "", 500)]
-
-
-@needs_shared
-@pytest.mark.parametrize("file, count, template, longest", CASES)
-def test_one_step_equals_trl(file, count, template, longest):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = SHARED / "realdata/models/stories260K"
-    ours, theirs = Tokenizer.from_pretrained(model), transformers.AutoTokenizer.from_pretrained(model)
-    theirs.pad_token = theirs.eos_token
-    if template:
-        ours.chat_template = theirs.chat_template = json.loads((SHARED / f"realdata/chat_templates/{template}.json").read_text())["chat_template"]
-        ours.has_template = True
-    rows = [row for row in read_pairs(SHARED / "realdata/pref" / file) if row["chosen"] != row["rejected"]]
-
-    rows = [row for row in rows if max(map(len, encode_pair(row, ours, max_length=10**6, max_prompt_length=10**5))) < longest][:count]  # whole rows
-    assert len(rows) == count
-    theirs_metrics, theirs_grads = trl_step(model, rows, theirs)
-    ours_metrics, ours_grads = our_step(model, rows, ours)
-    print()
-    for name in METRICS:
-        print(f"{file} {name:20} trl {theirs_metrics[name]:.6f} ours {ours_metrics[name]:.6f}")
-        assert ours_metrics[name] == pytest.approx(theirs_metrics[name], rel=2e-4, abs=2e-5), name
-    worst = max(float((ours_grads[n] - g).norm() / g.norm()) for n, g in theirs_grads.items() if n in ours_grads)
-    print("largest relative gradient difference", worst)
-    assert worst < 1e-3
+        expected = plain_step(model, [pairs[i] for i in indices], beta, prompt_loss)
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_train_weight_decay_clipping_and_the_learning_rate_that_is_used(flags, tmp_path, monkeypatch):
+    seen, decay, real = [], set(), torch.optim.AdamW.step
+
+    def step(optimizer):
+        used = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        decay.update((p.ndim, group["weight_decay"]) for p, group in used)
+        seen.append((used[0][1]["lr"], torch.nn.utils.get_total_norm([p.grad for p, _ in used]).item()))
+        return real(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(tmp_path, flags, max_steps=4, weight_decay=0.1, max_grad_norm=0.25)
+    logged = [(line["learning_rate"], line["grad_norm"]) for line in curve(tmp_path, "loss")]
+    assert decay == {(2, 0.1), (1, 0)} and min(norm for _, norm in logged) > 0.3  # before clipping
+    assert seen == [(rate, pytest.approx(0.25, rel=1e-4)) for rate, _ in logged] and logged[0][0] == 3e-3 / 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: faults while running
+
+
+def test_train_leaves_out_a_step_without_a_finite_gradient(flags, tmp_path, monkeypatch, capsys):
+    """The third of four, in a line of two steps; the third of three."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for out, steps in ((a, 4), (b, 3)):
+        on_step(monkeypatch, lambda step: math.inf if step == 3 else None)
+        run(out, flags, eval_pairs=0, save_steps=1, logging_steps=2, max_steps=steps)
+    rows = re.search(r"step 3: .*\[(.*)\]", capsys.readouterr().out)[1].split(",")
+    assert [int(row) - 1 for row in rows] == data.step_indices(26, 5, 0, 2)[0].tolist()
+    assert [line["step"] for line in curve(a)] == [2, 4] and list(train.checkpoints(b)) == [1, 2]
+    assert weights(b)[0] == weights(b / "checkpoint-2")[0] == weights(a / "checkpoint-2")[0]
+
+
+def test_train_ends_after_five_such_steps_and_names_the_checkpoint_before(flags, tmp_path, monkeypatch):
+    on_step(monkeypatch, lambda step: math.nan if step in (2, 4, 5, 6, 7, 8) else None)
+    with pytest.raises(UserError, match="step 8.*checkpoint-3"):
+        run(tmp_path, flags, max_steps=20, save_steps=1, logging_steps=4)
+    assert list(train.checkpoints(tmp_path)) == [1, 3]
+
+
+def test_train_a_short_run_without_a_finite_step_fails(flags, tmp_path):
+    with pytest.raises(UserError):
+        run(tmp_path / "out", flags, model=make_model(tmp_path / "m", scale=math.nan), max_steps=2)
+    assert not train.checkpoints(tmp_path / "out") and not curve(tmp_path / "out", "loss")  # nor NaN
+
+
+def test_train_an_infinite_loss_on_one_rank_counts_for_all(flags, tmp_path):
+    before = "import orpo\nreal, factor = orpo.orpo_loss, float('inf') if os.environ['RANK'] == '1' else 1\n"
+    before += "orpo.orpo_loss = lambda *a: (real(*a)[0] * factor, real(*a)[1])"
+    ended = [finish(process) for process in ranks(tmp_path, [flags] * 2, max_steps=20, before=before)]
+    assert [(status, errors.count("\n")) for status, _, errors in ended] == [(1, 1)] * 2, ended
+    assert any("step 5" in errors for _, _, errors in ended) and not train.checkpoints(tmp_path)
+
+
+def test_train_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
+    """A limit on the size of a file stands for it: the optimizer's file is over it, the model's is not."""
+    run(tmp_path, flags, max_steps=2)
+    size = (tmp_path / "model.safetensors").stat().st_size * 3 // 2
+    before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    status, _, errors = finish(start(tmp_path, resume=True, max_steps=9, before=before))
+    assert status == 1 and re.fullmatch("train.py: .*checkpoint-4.*\n", errors)
+    assert list(train.checkpoints(tmp_path)) == [2] and not train.damage(f"{tmp_path}/checkpoint-2")
+
+
+@pytest.mark.parametrize("error", ["MemoryError", "torch.OutOfMemoryError('CUDA')",
+                                   'RuntimeError("DefaultCPUAllocator: can\'t allocate memory")'])
+def test_train_a_full_memory_is_a_line(flags, tmp_path, error):
+    before = f"import orpo, torch\ndef full(*a):\n    raise {error}\norpo.orpo_loss = full"
+    status, _, errors = finish(start(tmp_path, flags, before=before))
+    assert status == 1 and re.fullmatch("train.py: .*memory.*--max_tokens.*\n", errors), errors
+
+
+def test_train_sigint_before_the_loop_needs_no_traceback(flags, tmp_path):
+    before = "import data\ndata.read_pairs = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
+    assert finish(start(tmp_path, flags, before=before)) == (130, "", "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# sample.py
+
+@pytest.mark.parametrize("choice, expected", [
+    (dict(), [0.5, 0.3, 0.15, 0.05]), (dict(top_k=2), [0.625, 0.375, 0, 0]), (dict(top_p=1e-6), [1, 0, 0, 0]),
+    (dict(top_p=0.8), [0.625, 0.375, 0, 0]), (dict(top_p=0.81), [0.526, 0.316, 0.158, 0]),
+    (dict(top_k=3, top_p=0.6), [0.625, 0.375, 0, 0]),  # top_p of what top_k leaves: 0.53, 0.32, 0.16
+    (dict(temperature=0.5, top_k=99), [0.685, 0.247, 0.062, 0.007]), (dict(temperature=1e-50), [1, 0, 0, 0])])
+def test_sample_pick(choice, expected):
+    chance, logits = torch.Generator().manual_seed(0), torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    picked = sample.pick(logits.expand(20_000, 4), **(dict(temperature=1.0, generator=chance) | choice))
+    assert (torch.bincount(picked, minlength=4) / 20_000).tolist() == pytest.approx(expected, abs=0.015)
+
+
+def test_sample_streams_what_temperature_and_seed_give(model, capsys):
+    """Characters in several pieces, bytes that are none; at temperature 0 the likeliest by a plain pass."""
+    tokenizer, network, said = Tokenizer.from_pretrained(model), Transformer.from_pretrained(model), []
+    ids = sample.prompt_ids("héllo 世", tokenizer, raw=True)
+    for temperature, seed in ((5.0, 1), (5.0, 1), (5.0, 2), (0.0, 0)):
+        ask(model, prompt="héllo 世", raw=True, temperature=temperature, seed=seed, max_new_tokens=100)
+        choice = dict(temperature=temperature, generator=torch.Generator().manual_seed(seed))
+        (new,) = sample.continuations(network, [ids], 100, [EOS], **choice)
+        said.append(capsys.readouterr().out)
+        assert sample.text_after(ids, new, tokenizer).startswith(said[-1][:-1])  # not half a one
+    assert said[0] == said[1] != said[2]
+    after = [network.logits(torch.tensor([ids + new[:i]]))[0, -1].argmax().item() for i in range(len(new))]
+    assert new == after and sample.prompt_ids("hi", tokenizer) == tokenizer.encode("hi\n")
+
+
+def test_sample_chat_keeps_its_history_and_survives_errors(model, tmp_path, monkeypatch, capsys):
+    copy, asked = shutil.copytree(model, tmp_path / "model"), []
+    put(copy / "chat_template.jinja", "{% for m in messages %}{{ m.content }}|{% endfor %}")
+
+    def generate(model, prompts, *arguments, **choice):
+        asked.append(demo_tokenizer().decode(prompts[0]))
+        if "bad" in asked[-1]:
+            raise UserError("too long")
+        return ([token] for token in demo_tokenizer().encode("answer"))
+
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nbad\ntwo\n/new\nthree\n"))
+    ask(copy, system="brief")
+    assert asked == ["brief|one|", "brief|one|answer|bad|", "brief|one|answer|two|", "brief|three|"]
+    assert "too long" in capsys.readouterr().err
+
+
+def test_sample_chat_survives_bytes_that_cannot_be_streamed(tmp_path, monkeypatch, capsys):
+    """With byte fallback, tokenizers' stream raises "Invalid prefix encountered" at the token after them."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"hi": 256}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.ByteFallback()
+    backend.add_special_tokens(["</s>"])
+    model = make_model(tmp_path, SHAPE | dict(vocab_size=258), Tokenizer(backend, {"eos_token": "</s>"}))
+    tokens = [[0xC3], [0xB8], [0x96], [0xC3], [0xFF], [256]]
+    monkeypatch.setattr(sample, "generate", lambda *arguments, **choice: iter(tokens))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    assert not ask(model) and capsys.readouterr().out.count("hi") >= 2
+
+
+def test_sample_file_is_answered_in_its_order_as_one_by_one(model, tmp_path, monkeypatch, capsys):
+    questions = ["Which is larger, 45 or 23?", "hello", "Which is larger, 12 or 90?", "Which?"]
+    prompts, common = [*questions[:3], [user(questions[3])]], dict(model=model, max_new_tokens=20)
+    monkeypatch.setattr(sample, "pick", lambda logits, **choice: logits[:, :90].argmax(-1))  # printable
+    put(tmp_path / "q.jsonl", [{"prompt": prompt} for prompt in prompts])
+    put(tmp_path / "q.txt", "\ufeff".encode() + "\r\n\r\n".join(questions).encode())  # BOM, CRLF, blank lines
+    ask(**common, prompts=tmp_path / "q.jsonl", output=tmp_path / "a.jsonl", batch_size=3)
+    ask(**common, prompts=tmp_path / "q.txt", batch_size=3)  # to standard output
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in shown] == questions and len({row["answer"] for row in shown}) > 1
+    assert lines(tmp_path, "a.jsonl") == [row | {"prompt": prompt} for row, prompt in zip(shown, prompts)]
+    for row in shown:  # as alone, without padding
+        ask(**common, prompt=row["prompt"])
+        assert capsys.readouterr().out == row["answer"] + "\n"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_sample_output_that_is_no_plain_file_is_written_through(model, tmp_path, kind):
+    output, prompts = tmp_path / kind, put(tmp_path / "p.txt", "one\ntwo\n")
+    os.symlink(put(tmp_path / "target", ""), output) if kind == "link" else os.mkfifo(output)
+    reader = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
+    ask(model, prompts=prompts, output=output, max_new_tokens=5)
+    assert os.read(reader, 10_000).count(b"\n") == 2 and (output.is_symlink() or output.is_fifo())
+    os.close(reader)
+
+
+def test_sample_an_interrupted_file_keeps_the_first_answers(model, tmp_path, monkeypatch):
+    batches = iter([sample.generate, lambda *arguments, **choice: os.kill(os.getpid(), signal.SIGINT)])
+    monkeypatch.setattr(sample, "generate", lambda *arguments, **choice: next(batches)(*arguments, **choice))
+    prompts = put(tmp_path / "p.txt", "a\nb\nc\nd\n")
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, prompts=prompts, output=tmp_path / "a.jsonl", batch_size=2, max_new_tokens=5)
+    assert [row["prompt"] for row in lines(tmp_path, "a.jsonl")] == ["a", "b"]
+
+
+def test_sample_a_huge_limit_takes_no_memory(model, monkeypatch):
+    picks = iter([65] * 20 + [EOS])
+    monkeypatch.setattr(sample, "pick", lambda logits, **choice: torch.tensor([next(picks)]))
+    ask(model, prompt="hi", max_new_tokens=10**9)
+    assert not list(picks)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input to both programs: one line that names the place, and nothing damaged
+
+FLAGS = {  # the line names the first word
+    train: """--beta; --beta -0.1; --beta nan; --batch_size many; --batch_size 0; --max_steps 1.5; --seed -1;
+        --seed 99999999999999999999; --lr_scheduler_type step; --learning_rate 0; --num_train_epochs 1e308;
+        --save_steps -2; --adam_beta2 1; --weight_decay inf; data.jsonl; --resume --overwrite_output_dir;
+        --max_prompt_length 99 --max_length 99; --eval_data x --eval_pairs 5 --model m --data d""",
+    sample: """--promt x; --temperature nan; --top_p 0; --seed -1; --max_new_tokens 0; --output x;
+        --prompts y --prompt x"""}
+OTHERS = {"--learningrate 1": "--learning_rate", "--max_step 1": "--max_steps", "--model m": "--data",
+          "--per_device_train_batch_size 8": "--batch_size", "--data d": "--model"}
+CASES = [(program, words, words.split()[0]) for program in FLAGS for words in FLAGS[program].split(";")]
+
+
+@pytest.mark.parametrize("program, words, named", CASES + [(train, words, OTHERS[words]) for words in OTHERS])
+def test_train_and_sample_refuse_flags(tmp_path, monkeypatch, program, words, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=named) as refused:
+        program.main(words.split())
+    assert refused.value.status == 2 and "\n" not in str(refused.value) and not os.listdir(tmp_path)
+
+
+NO_TOOL = "{{ raise_exception('no tool') if messages[0].role == 'tool' else messages[-1].content }}"
+TOOL = dict(conversation(), prompt=[turn("tool", "q")])
+REFUSED = {"c.jsonl": [conversation(), TOOL], "model/chat_template.jinja": NO_TOOL}
+OVER = dict(output_dir="run", overwrite_output_dir=True)  # in `run` is a run of two steps
+ON = dict(output_dir="run", resume=True)
+BAD_RUNS = {  # name: files written first, flags, what the line names
+    "train: the output is a file": ({"out": "mine"}, {}, "out"),
+    "train: a run is there": ({}, dict(output_dir="run"), "run.*--resume.*--overwrite_output_dir"),
+    "train: a file is in the way": ({"out/config.json": "mine"}, dict(overwrite_output_dir=True), "out"),
+    "train: its model would go": ({}, OVER | dict(model="run/checkpoint-2"), "discard"),
+    "train: its data would go": ({"run/checkpoint-2/d": "x"}, OVER | dict(data="run/checkpoint-2/d"), "disc"),
+    "train: only damage to resume": ({"run/checkpoint-2/state.json": "{}"}, ON, "checkpoint"),
+    "train: another beta": ({}, ON | dict(beta=0.2), "--beta"),
+    "train: a hub without network": ({}, dict(model="owner/name"), "owner/name"),
+    "train: ids beyond the model": ({}, dict(model="few"), "100"),
+    "train: too few positions": ({}, dict(model="short"), "--max_length"),
+    "train: no end of sequence": ({"model/tokenizer_config.json": "{}"}, {}, "eos|end-of-sequence"),
+    "train: a template refuses": (REFUSED, dict(data="c.jsonl"), "c.jsonl.* 2"),
+    "train: a package is missing": ({}, dict(report_to="tensorboard"), "pip install tensorboard"),
+    "train: an upload without network": ({}, dict(push_to_hub="me/mine", max_steps=1), "--push_to_hub"),
+    "sample: broken JSON": ({"p.jsonl": '{"prompt": "x"}\n{"prompt": \n'}, {}, "p.jsonl, line 2"),
+    "sample: JSON too deep": ({"p.jsonl": "[" * 100_000}, {}, "p.jsonl, line 1"),
+    "sample: not UTF-8": ({"p.txt": b"caf\xe9\n"}, dict(prompts="p.txt"), "p.txt"),
+    "sample: nowhere to write": ({"p.jsonl": [PAIR]}, dict(output="no/a.jsonl"), "--output|no/a.jsonl"),
+    "sample: a system without template": ({"p.jsonl": [PAIR]}, dict(raw=True, system="y"), "--system"),
+    "sample: too long": ({"p.jsonl": [PAIR, {"prompt": "x" * 24}]}, dict(model="short"), "p.jsonl.* 2"),
+}
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory, flags):
+    home = tmp_path_factory.mktemp("scene")
+    for name, shape in dict(model=SHAPE, few=SHAPE | dict(vocab_size=100), short=POSITIONS_24).items():
+        make_model(home / name, shape)
+    run(home / "run", flags, data=shutil.copy(flags["data"], home / "pairs.jsonl"), max_steps=2)
+    put(home / "a.jsonl", "mine")
+    return home
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_train_and_sample_bad_run(scene, tmp_path, monkeypatch, name):
+    (files, flags, named), here = BAD_RUNS[name], shutil.copytree(scene, tmp_path / "here")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for path, content in files.items():
+        put(here / path, content)
+    before = listing(here)
+    defaults = {} if "resume" in flags else dict(model="model", data="pairs.jsonl")
+    answers = dict(model="model", prompts="p.jsonl", output="a.jsonl")
+    with pytest.raises(UserError, match=named) as refused:
+        train.main(command(defaults | flags)) if name.startswith("train") else ask(**(answers | flags))
+    assert refused.value.status == 1 and "\n" not in str(refused.value)
+    assert listing(here).items() >= before.items()
+
+
+@pytest.mark.parametrize("rank, count", [("0", "two"), ("x", "2"), ("5", "2")])
+def test_train_refuses_a_world_that_cannot_be(flags, tmp_path, monkeypatch, rank, count):
+    monkeypatch.setattr(os, "environ", os.environ | dict(RANK=rank, WORLD_SIZE=count))
+    with pytest.raises(UserError, match="RANK|WORLD_SIZE|ranks|torchrun"):
+        run(tmp_path, flags)
+
+
+def test_sample_ends_with_a_line_and_its_status():
+    words = [sys.executable, HERE / "sample.py", "--model", "/no/such", "--prompt", "x"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("sample.py: .*/no/such.*\n", done.stderr) and not done.stdout
