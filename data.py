@@ -154,8 +154,10 @@ def _texts(row, tokenizer):
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     if isinstance(chosen, str):
         return prompt, prompt + chosen, prompt + rejected
-    opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True) if prompt else ""
-    return opening, *(tokenizer.apply_chat_template(prompt + turns) for turns in (chosen, rejected))
+    options = getattr(row, "template_options", {})
+    opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""
+    full = (tokenizer.apply_chat_template(prompt + turns, **options) for turns in (chosen, rejected))
+    return opening, *full
 
 
 def _split(ids, tokenizer, max_length=1024, max_prompt_length=None, truncation_mode="keep_end"):
@@ -379,14 +381,15 @@ class Tokenizer:
         before = [self.decode(ids[max(0, i - 3) : i]) for i in range(len(ids))]
         return [self.decode(ids[max(0, i - 3) : i + 1])[len(text) :] for i, text in enumerate(before)]
 
-    def apply_chat_template(self, messages, add_generation_prompt=False):
-        """messages -> text, as transformers renders it. Raises UserError where the template refuses."""
+    def apply_chat_template(self, messages, add_generation_prompt=False, **options):
+        """messages -> text, as transformers renders it; options: more names for the template. Raises
+        UserError where it refuses."""
         # A key without a value is a key that is not there: parquet writes "tool_calls": null everywhere.
         messages = [{k: value for k, value in message.items() if value is not None} for message in messages]
-        options = dict(messages=messages, tools=None, documents=None,
-                       add_generation_prompt=add_generation_prompt)
+        options = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt) | options
         with where("the chat template refused a conversation"), time_limit(5):  # some do not end
-            return _compiled(self.chat_template, self.clock).render(self.specials | options)
+            template = _compiled(self.chat_template, self.clock)
+            return template.render(self.specials | options, messages=messages)
 
     def stop_ids(self):
         """The ids that end an answer: EOS, generation_config.json's, what closes a turn of the template."""
@@ -484,11 +487,17 @@ def _compiled(template, clock):
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
           "request.\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n")
-COLUMNS = ("prompt", "chosen", "rejected", "instruction", "input")
+QUESTIONS = "conversations", "question", "query"  # read as turns, after one in `system`
+PROMPTS = "prompt", "instruction", *QUESTIONS  # where people keep a prompt
+COLUMNS = {"chosen", "rejected", "input", "system", "chat_template_kwargs", *PROMPTS}
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 class Row(dict):
-    """A pair's prompt, chosen and rejected.  place: file and line, where it has them."""
+    """A pair's prompt, chosen and rejected.  place: file and line, where it has them.  form: what was read,
+    in words.  template_options: more names for the chat template."""
+
+    form, template_options = "", {}
 
 
 def read_pairs(sources, *, prompt_column="", progress=False):
@@ -502,13 +511,13 @@ def read_pairs(sources, *, prompt_column="", progress=False):
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     rows = []
     for path in [path for source in sources for path in _files(os.fspath(source))]:
-        before, first_form = len(rows), None
+        before, form = len(rows), ""
         bar = dict(desc=f"reading {Path(path).name}", unit=" rows", disable=not progress, leave=False)
         for place, raw in tqdm(_raw_rows(path), **bar):
             with where(path, place):
-                row, form = _explicit(raw, prompt_column)
-                first_form = first_form or form
-                refuse((form != first_form, f"has {form}, those before it {first_form}; a file has one form"))
+                row = _explicit(raw, prompt_column)
+                form = form or row.form
+                refuse((row.form != form, f"has {row.form}, those before it {form}; a file has one form"))
             row.place = f"{path}, {place}"
             rows.append(row)
         refuse((len(rows) == before, f"{path}: no rows in it"))
@@ -520,14 +529,18 @@ def _files(source):
     if os.path.isfile(source):
         return [source]
     refuse((source.endswith(EXTENSIONS), f"{source}: no such file"))
-    name, _, split = (source, "", "") if os.path.isdir(source) else source.partition(":")
-    split = split or "train"
-    root = fetch(name, patterns=[f"*{split}*{extension}" for extension in EXTENSIONS], repo_type="dataset")
+    name, _, part = (source, "", "") if os.path.isdir(source) else source.partition(":")
+    config, _, split = (part or "train").rpartition("/")
+    patterns = [f"*{config}*{split}*{extension}" for extension in EXTENSIONS]
+    root = fetch(name, patterns=patterns, repo_type="dataset")
     files = (path for path in Path(root).rglob("*") if path.name.endswith(EXTENSIONS))
     found = [str(path.relative_to(root)) for path in sorted(files)]
     # train-00000-of-00001.parquet, train.jsonl, train/0.parquet; not train_sft-00000..., another split
-    wanted = [path for path in found if re.search(rf"(^|[/_-]){re.escape(split)}([-./]|$)", path)]
-    refuse((not wanted, f"{source}: no files of split '{split}' among {found}; name one as {name}:SPLIT"))
+    of_config = [path for path in found if not config or f"/{config}/" in f"/{path}"]
+    wanted = [path for path in of_config if re.search(rf"(^|[/_-]){re.escape(split)}([-./]|$)", path)]
+    folders = sorted({os.path.dirname(path).removesuffix(split).strip("/") or "." for path in wanted})
+    refuse((not wanted, f"{source}: no files of split '{split}' among {found}; name one as {name}:SPLIT"),
+           (len(folders) > 1, f"{source}: '{split}' is in {folders}; name one as {name}:FOLDER/{split}"))
     return [os.path.join(root, path) for path in wanted]
 
 
@@ -564,11 +577,13 @@ def _parquet_rows(path):
 
 
 def _explicit(raw, prompt_column):
-    """A decoded object -> Row, and which of the supported forms it had, in words."""
+    """A decoded object in any of the supported forms -> Row."""
     refuse((not isinstance(raw, dict), f"a JSON object is expected, not a {type(raw).__name__}"))
-    names = (name for name in (prompt_column, "prompt", "instruction") if raw.get(name) is not None)
-    column = next(names, None)
-    prompt, chosen, rejected, extra = map(_clean, map(raw.get, (column, "chosen", "rejected", "input")))
+    column = next((name for name in (prompt_column, *PROMPTS) if raw.get(name) is not None), None)
+    prompt, chosen, rejected, extra, system = (
+        _value(raw.get(name)) for name in (column, "chosen", "rejected", "input", "system"))
+    if column in QUESTIONS and kind_of(chosen) == kind_of(rejected) == "strings":
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
     match kind_of(prompt), kind_of(chosen), kind_of(rejected):
         case ("strings", "strings", "strings") | ("messages", "messages", "messages"):
             if column == "instruction" and isinstance(prompt, str):
@@ -579,13 +594,38 @@ def _explicit(raw, prompt_column):
             prompt, chosen, rejected = _shared_turns(prompt, chosen, rejected)
         case _:
             columns = ", ".join(f"{name}: {type(value).__name__}" for name, value in raw.items())
-            raise UserError("not a preference pair: chosen, rejected (and prompt, if they do not share it) as "
-                            f"strings, or all as lists of role/content messages; columns found: {columns}")
+            raise UserError("not a preference pair: chosen, rejected (and prompt, if it is not shared) as strings, "
+                            f"or all as lists of role/content messages; columns found: {columns}")
+    opening = {"role": "system", "content": system}
+    if system and isinstance(system, str) and isinstance(prompt, list) and opening not in prompt:
+        prompt = [opening, *prompt]
     others = [name for name in raw if name not in COLUMNS and raw[name] and isinstance(raw[name], str | list)]
     refuse((not prompt and not column and prompt_column != "none" and others,
             f"chosen and rejected share no prompt; is it in --prompt_column {', '.join(others)} or none?"))
-    form = f"{kind_of(chosen)} with {f'the prompt in {column}' if column else 'a shared prompt'}"
-    return Row(prompt=prompt, chosen=chosen, rejected=rejected), form
+    row = Row(prompt=prompt, chosen=chosen, rejected=rejected)
+    row.form = f"{kind_of(chosen)} with {f'the prompt in {column}' if column else 'a shared prompt'}"
+    row.template_options = dict(raw.get("chat_template_kwargs") or {})
+    return row
+
+
+def _value(value):
+    """A column's value, cleaned; turns as role/content messages, also where they are written as ShareGPT's
+    from/value, a single one, or with OpenAI's blocks of text."""
+    value = _clean(value)
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return value
+    messages = []
+    for turn in turns:
+        if "from" in turn and "role" not in turn:
+            turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        blocks = turn.get("content")
+        if isinstance(blocks, list):
+            kinds = [block.get("type") for block in blocks if "text" not in block]
+            refuse((kinds, f"a message has blocks of type {kinds}; only text can be read"))
+            turn = turn | {"content": "".join(block["text"] for block in blocks)}
+        messages.append(turn)
+    return messages
 
 
 def kind_of(value):
@@ -815,7 +855,8 @@ def checked_flags(cls, values, ranges):
 
 
 def _as_arguments(values):
-    """{flag: value} as a command line would have it, so that flags are checked in one way; None: not given."""
+    """{flag: value} as a command line would have it, so that flags are checked in one way; None: not
+    given."""
     words = []
     for name, value in values.items():
         if isinstance(value, bool):

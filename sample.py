@@ -9,7 +9,7 @@ A model with a chat template is asked through it (--raw: not); one without goes 
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -29,9 +29,9 @@ class Flags:
     raw: bool = False  # do not use the chat template
     system: str = ""  # system message before the prompt or chat
     max_new_tokens: int = 256  # longest answer, in tokens
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_k: int = 0  # sample among the k likeliest tokens; 0: all
-    top_p: float = 1.0  # sample among the likeliest tokens of this total probability
+    temperature: float = None  # 0: the likeliest token (default: generation_config.json's, else 0)
+    top_k: int = None  # sample among the k likeliest tokens; 0: all (default: likewise, else 0)
+    top_p: float = None  # sample among the likeliest of this total probability (default: likewise, else 1)
     seed: int = 0  # of the sampling
     batch_size: int = 16  # prompts of a file answered together
     debug: bool = False  # show tracebacks
@@ -197,8 +197,14 @@ def main(arguments):
     model = Transformer.from_pretrained(flags.model, revision=flags.revision)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     refuse((flags.system and (flags.raw or not tokenizer.has_template), "--system needs a chat template"))
-    options = dict(stop_ids=tokenizer.stop_ids(), max_new_tokens=flags.max_new_tokens, top_k=flags.top_k,
-                   top_p=flags.top_p, temperature=flags.temperature, generator=torch.Generator(device).manual_seed(flags.seed))
+    if device == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
+        torch.set_num_threads(1)  # waking a second thread for so little work takes longer than the work
+    usual, said = model.generation_config or {}, asdict(flags)
+    usual = usual if usual.get("do_sample") else {"temperature": 0.0}  # as transformers reads it
+    options = {name: usual.get(name, neutral) if said[name] is None else said[name]
+               for name, neutral in dict(temperature=1.0, top_k=0, top_p=1.0).items()}
+    options |= dict(stop_ids=tokenizer.stop_ids(), max_new_tokens=flags.max_new_tokens,
+                    generator=torch.Generator(device).manual_seed(flags.seed))
     if prompts:
         answer_file(model, tokenizer, prompts, flags, options)
     elif flags.prompt is not None:

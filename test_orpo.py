@@ -436,6 +436,11 @@ FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as rea
     "prompt not repeated, system": (dict(prompt="q", chosen=[S, G], rejected=[S, B]), [S, Q], [G], [B]),
     "alpaca": (PAIR | dict(prompt=None, instruction="{Do}.", input=""), ALPACA[0], "good", "bad"),
     "alpaca, input": (PAIR | dict(prompt=None, instruction="{Do}.", input="in"), ALPACA[1], "good", "bad"),
+    "question": (dict(question="q", system="s", chosen="good", rejected="bad"), [S, Q], [G], [B]),
+    "ShareGPT": (dict(conversations=[{"from": "human", "value": "q"}], chosen={"from": "gpt", "value": "good"},
+                      rejected={"from": "gpt", "value": "bad"}), [Q], [G], [B]),
+    "text blocks": (dict(prompt=[turn("user", [{"type": "text", "text": "q"}])], chosen=[G], rejected=[B]),
+                    [Q], [G], [B]),
 }
 
 
@@ -444,6 +449,44 @@ def test_data_every_form_of_a_row_is_read(form, tmp_path):
     row, *parts = FORMS[form]
     rows = read_pairs(put(tmp_path / "a.jsonl", [row, row]))
     assert rows == [dict(zip(PAIR, parts))] * 2 and all(encode_pair(rows[0], byte_tokenizer()))
+
+
+def test_data_a_prompt_in_a_column_of_no_usual_name_is_asked_for(tmp_path):
+    file = put(tmp_path / "a.jsonl", [dict(task="p", chosen="good", rejected="bad", n=1)])
+    with pytest.raises(UserError, match=r"line 1: .*--prompt_column task or none"):
+        read_pairs(file)
+    assert read_pairs(file, prompt_column="task") == [PAIR]
+    assert read_pairs(file, prompt_column="none") == [PAIR | {"prompt": ""}]
+    blocks = [turn("user", [{"type": "image_url", "image_url": "x"}])]
+    with pytest.raises(UserError, match="line 1: .*image_url"):
+        read_pairs(put(tmp_path / "b.jsonl", [dict(prompt=blocks, chosen=[G], rejected=[B])]))
+
+
+def test_data_options_of_a_row_reach_its_template(tmp_path):
+    row = conversation() | {"chat_template_kwargs": {"enable_thinking": False}}
+    [row] = read_pairs(put(tmp_path / "a.jsonl", [row]))
+    tok = byte_tokenizer(template="{{ enable_thinking is defined and not enable_thinking }}" + EACH + "{{ m.content }}{% endfor %}")
+    assert tok.decode(tokenize_pairs([row], tok)[0][0]).startswith("True")
+
+
+def test_data_templates_that_rewrite_an_answered_prompt_are_counted():
+    thinks = EACH + "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    rows = [conversation(), PAIR, conversation(prompt="r")]
+    report = tokenize_pairs(rows, byte_tokenizer(template=thinks)).report
+    assert "2 (first: row 1)" in report
+    assert "first" not in tokenize_pairs(rows, byte_tokenizer(template=EACH + "{{ m.content }}{% endfor %}")).report
+
+
+def test_data_a_saved_default_template_asks_as_it_was_trained(tmp_path):
+    """Also BOS, where the tokenizer puts one: through transformers the same ids as in training."""
+    transformers = pytest.importorskip("transformers")
+    tok = byte_tokenizer(post_processor=True)
+    tok.has_template = True  # as train.py sets it when it uses the default one
+    tok.save_pretrained(tmp_path)
+    prompt = encode_pair(conversation(), tok)[0]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    asked = theirs.apply_chat_template([Q], add_generation_prompt=True, return_dict=False)
+    assert prompt[0] == BOS and asked == prompt == sample.prompt_ids("q", Tokenizer.from_pretrained(tmp_path))
 
 
 def test_data_every_kind_of_file_is_read(tmp_path):
@@ -473,15 +516,21 @@ def test_data_parquet_is_read_whatever_its_other_columns_hold(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("sources, expected", [
-    ("12:00", "abc"), ("x", "abc"), ("x:train", "abc"), ("x:test", "t"), ("x:train_sft", "s"),
-    (["x/test.json", "x/train.jsonl"], "tc"), (["x/train.jsonl", "x/test.json"], "ct")])  # in their order
+    ("x:data/train", "abc"), ("x:more/train", "m"), ("x:dev", "d"), ("x:test", "t"), ("x:train_sft", "s"),
+    (["x/test.json", "x/data/train.jsonl"], "tc"), (["x/data/train.jsonl", "x/test.json"], "ct"),  # in their order
+    ("x", "ambiguous"), ("12:00", "ambiguous")])
 def test_data_sources_and_splits(sources, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {"data/train-00000-of-00002.jsonl": "a", "data/train-00001-of-00002.jsonl": "b", "train.txt": "-",
-             "data/train_sft-00000-of-00001.jsonl": "s", "train.jsonl": "c", "test.json": "t"}
+             "data/train_sft-00000-of-00001.jsonl": "s", "data/train.jsonl": "c", "test.json": "t",
+             "more/train.jsonl": "m", "more/dev.jsonl": "d"}
     for name, mark in files.items():
         put(tmp_path / ("12:00" if sources == "12:00" else "x") / name, [PAIR | {"chosen": mark}])
-    assert "".join(row["chosen"] for row in read_pairs(sources)) == expected
+    if expected == "ambiguous":  # a hub data set of several configurations
+        with pytest.raises(UserError, match="'train' is in .*'data', 'more'"):
+            read_pairs(sources)
+    else:
+        assert "".join(row["chosen"] for row in read_pairs(sources)) == expected
 
 
 @needs_shared
