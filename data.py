@@ -269,8 +269,8 @@ def tokenize_pairs(rows, tokenizer, *, progress=False, **lengths):
     report = f"{len(rows)} rows read, {len(kept)} kept: {reasons}"
     refuse((not kept, f"no pair is left to train on ({report})"))
     if early:
-        report += (f"; in {len(early)} (first: {early[0]}) the template writes an answered prompt otherwise than an "
-                   "open one: the response begins where the texts part, inside the prompt")
+        report += (f"; in {len(early)} (first: {early[0]}) the template writes an answered prompt otherwise "
+                   "than an open one: the response begins where the texts part, inside the prompt")
     return Pairs.joined(kept_parts, kept, report)
 
 
@@ -594,8 +594,8 @@ def _explicit(raw, prompt_column):
             prompt, chosen, rejected = _shared_turns(prompt, chosen, rejected)
         case _:
             columns = ", ".join(f"{name}: {type(value).__name__}" for name, value in raw.items())
-            raise UserError("not a preference pair: chosen, rejected (and prompt, if it is not shared) as strings, "
-                            f"or all as lists of role/content messages; columns found: {columns}")
+            raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings, or "
+                            f"all as lists of role/content messages; columns found: {columns}")
     opening = {"role": "system", "content": system}
     if system and isinstance(system, str) and isinstance(prompt, list) and opening not in prompt:
         prompt = [opening, *prompt]

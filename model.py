@@ -71,7 +71,8 @@ def make_norm(config, size, wanted=True):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; after add_adapters with a trained update of low rank: W x + alpha / r B A x (LoRA, Hu et al. 2021)."""
+    """nn.Linear; after add_adapters with a trained update of low rank: W x + alpha / r B A x (LoRA, Hu et
+    al. 2021)."""
 
     def __init__(self, *shape, bias):
         super().__init__(*shape, bias=bias)
@@ -319,17 +320,19 @@ class TargetLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         h, weight, bias, targets = ctx.saved_tensors
-        w, dh = weight.to(h.dtype), torch.empty_like(h)
-        dw, db = (torch.zeros_like(x) if wanted else None for x, wanted in zip((weight, bias), ctx.needs_input_grad[1:3]))
-        for logits, x, target, g, dx in some_logits(w, bias, h, targets[:, None], grad[:, None], dh):
-            d = logits.softmax(-1).scatter_add_(1, target, torch.full_like(g, -1))
-            d = d.mul_(-g)  # (onehot - softmax) g
-            if db is not None:
-                db += d.sum(0)
-            d = d.to(h.dtype)
-            dx.copy_(wide_product(d, w))
-            if dw is not None:  # a frozen head has none
-                dw += wide_product(d.T, x)
+        w, dh, wanted = weight.to(h.dtype), torch.empty_like(h), ctx.needs_input_grad
+        dw = torch.zeros_like(weight) if wanted[1] else None  # a frozen head has none
+        db = torch.zeros_like(bias) if wanted[2] else None
+        with without_autocast(h):
+            for logits, x, target, g, dx in some_logits(w, bias, h, targets[:, None], grad[:, None], dh):
+                d = logits.softmax(-1).scatter_add_(1, target, torch.full_like(g, -1))
+                d = d.mul_(-g)  # (onehot - softmax) g
+                if db is not None:
+                    db += d.sum(0)
+                d = d.to(h.dtype)
+                dx.copy_(wide_product(d, w))
+                if dw is not None:
+                    dw += wide_product(d.T, x)
         return dh, dw, db, None
 
 
@@ -386,8 +389,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def add_adapters(self, r, alpha):
-        """LoRA: the blocks' linear layers (not a router's, nor experts) learn an update of rank r, all else is frozen.
-        Their start is set by start_adapters, once the parameters are where they will be."""
+        """LoRA: the blocks' linear layers (not a router's, nor experts) learn an update of rank r, all else
+        is frozen. Their start is set by start_adapters, once the parameters are where they will be."""
         joined = [name for name, held in self.file_parts().items() if len(held) > 1]
         if joined:  # PEFT has one update for what is several layers here
             raise UserError(f"--lora_r: {self.config.model_type} joins layers ({joined[0]}): not supported")
@@ -460,7 +463,8 @@ class Transformer(nn.Module):
     def training_flops(self, spans):
         """Floating-point operations of one forward and backward over pairs of the given spans (N, 3), the
         useful ones only: no padding, no second prompt, no recomputation. 6 per matrix weight and token
-        (Kaplan et al. 2020), 4 of a frozen one, 12 D per head and query-key pair; of the experts only those a token visits."""
+        (Kaplan et al. 2020), 4 of a frozen one, 12 D per head and query-key pair; of the experts only those
+        a token visits."""
         c, head = self.config, self.lm_head.weight
         weights = head.numel() * (1 if head.requires_grad else 2 / 3)
         for name, parameter in self.named_parameters():
@@ -495,8 +499,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def load(self, device="cpu", frozen_dtype=torch.float32):
-        """Fill an outline's parameters from its files, one tensor after the other, once all fit. frozen_dtype: of
-        those that are not trained."""
+        """Fill an outline's parameters from its files, one tensor after the other, once all fit.
+        frozen_dtype: of those that are not trained."""
         directory, parts = fetch(*self.source, WEIGHT_FILES), self.file_parts()
         outline = {name: torch.empty(p.shape, device="meta") for name, p in self.named_parameters()
                    if not name.endswith(("lora_A", "lora_B"))}
@@ -574,7 +578,8 @@ class Transformer(nn.Module):
         return weight + (self.get_submodule(layer.rstrip(".")).scale * update).to(weight.device)
 
     def save_adapters(self, directory, weights, base, r, alpha):
-        """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained loads."""
+        """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained
+        loads."""
         tensors, targets = {}, set()
         for ours, tensor in weights.items():
             if ours.endswith(("lora_A", "lora_B")):

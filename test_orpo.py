@@ -918,6 +918,58 @@ def with_gradients(model, values):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+def adapted(directory, r=3, alpha=5.0, **more):
+    """A model with adapters that do something."""
+    model = Transformer.outline(directory)
+    model.add_adapters(r, alpha)
+    model.load(**more).start_adapters()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data += by_formula(name, p.shape).float() / 4
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "smollm3", "stablelm", "phi", "opt", "mixtral"])
+def test_model_adapters_are_pefts_and_merge(name, checkpoint, tmp_path):
+    """In PEFT the same logits; the merged model alone, too; trained are the adapters only, from nothing on."""
+    peft = pytest.importorskip("peft", reason="peft is the reference")
+    directory, model, tokens = checkpoint(name), adapted(checkpoint(name)), torch.tensor(IDS[None])
+    weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert weights and all(key.endswith(("lora_A", "lora_B")) for key in weights)
+    model.save_adapters(tmp_path / "adapter", weights, str(directory), 3, 5.0)
+    theirs = peft.PeftModel.from_pretrained(load_in_transformers(directory), tmp_path / "adapter").eval()
+    assert len(weights) == sum("lora" in key for key, _ in theirs.named_parameters())
+    model.save_pretrained(tmp_path / "merged", torch.float32)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert (expected - load(directory).logits(tokens)).abs().max() > 0.1
+        close(model.logits(tokens), expected, atol=1e-4)
+        close(load(tmp_path / "merged").logits(tokens), expected, atol=1e-4)
+    fresh = Transformer.outline(directory)
+    fresh.add_adapters(3, 5.0)
+    fresh.load().start_adapters()
+    close(fresh.logits(tokens), load(directory).logits(tokens))
+
+
+def test_model_adapters_freeze_the_rest_in_the_dtype_asked_for(checkpoint):
+    model, batch = adapted(checkpoint("llama3"), frozen_dtype=torch.bfloat16), pack(random_pairs([(5, 3, 4)]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.dtype, p.grad is not None) == ((torch.float32, True) if "lora" in name else (torch.bfloat16, False))
+    assert model.training_flops(batch.spans) < load(checkpoint("llama3")).training_flops(batch.spans)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_model_adapters_are_refused_where_layers_are_joined(name, checkpoint):
+    with pytest.raises(UserError, match="--lora_r.*(c_attn|qkv_proj)"):
+        Transformer.outline(checkpoint(name)).add_adapters(2, 4.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What everyone can check: golden numbers, and Llama as one writes it on a blackboard
 
 IDS = np.array([(7 * n * n + 3) % 53 for n in range(20)])
@@ -1862,6 +1914,47 @@ def test_train_ranks_and_max_tokens_change_nothing(flags, tmp_path, shape, given
         run_ranks(out := tmp_path / f"{count}", count, common, max_tokens=max_tokens)
         assert largest_difference(tmp_path / "one", out, keys) < 1e-4
         assert largest_difference(tmp_path / "one", out, ["eval_loss"]) < 1e-4
+
+
+@pytest.mark.parametrize("count, shape, given", [
+    (2, SHAPE, dict(gradient_checkpointing=True)), (3, SHAPE, dict(batch_size=2)),  # fewer pairs than ranks
+    (2, SHAPE | dict(tie_word_embeddings=False), dict(generate_during_eval=1)),
+    (2, MOE, dict(output_router_logits=True)), (2, SHAPE, dict(lora_r=2))])
+def test_train_sharded_is_as_one_process_and_resumes(flags, tmp_path, count, shape, given):
+    """Also on without --shard from its checkpoint, which is as any other."""
+    common = flags | dict(model=make_model(tmp_path / "model", shape), eval_steps=4, max_steps=4) | given
+    one, sharded, again, alone = (tmp_path / name for name in ("one", "sharded", "again", "alone"))
+    run(one, common)
+    run_ranks(sharded, count, common, shard=True)
+    assert largest_difference(one, sharded) < 1e-4 and largest_difference(one, sharded, ["eval_loss"]) < 1e-4
+    ours, theirs = (load_file(out / "model.safetensors") for out in (sharded, one))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    for copied in (again, alone):
+        shutil.copytree(sharded, copied)
+        shutil.rmtree(copied / "checkpoint-4")
+    run_ranks(again, count, resume=True)
+    assert same_run(sharded, again, 4)
+    run(alone, resume=True, config=put(tmp_path / "no_shard.json", {"shard": False}))
+    assert largest_difference(one, alone) < 1e-4
+
+
+def test_train_adapters_learn_resume_and_leave_both_models(flags, tmp_path):
+    model, out, copied = make_model(tmp_path / "model"), tmp_path / "out", tmp_path / "copied"
+    common = flags | dict(model=model, lora_r=4, learning_rate=1e-2, eval_steps=8, max_steps=STEPS)
+    run(out, common)
+    first, *_, last = (line["eval_loss"] for line in curve(out, "eval_loss"))
+    assert last < first - 0.1
+    assert set(load_file(out / "checkpoint-8/adapters.safetensors")) == {
+        f"model.layers.{i}.{layer}_proj.lora_{part}" for i in range(2) for part in "AB" for layer in
+        [*(f"self_attn.{x}" for x in "qkvo"), *(f"mlp.{x}" for x in ("gate", "up", "down"))]}
+    assert sorted(os.listdir(out / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    before, after = (load_file(directory / "model.safetensors") for directory in (Path(model), out))
+    assert [key for key in after if torch.equal(after[key], before[key])] == [
+        key for key in after if "_proj" not in key]
+    shutil.copytree(out, copied)
+    shutil.rmtree(copied / "checkpoint-8")
+    run(copied, resume=True)
+    assert same_run(out, copied, STEPS)
 
 
 def test_train_resume_on_three_ranks_is_exact_and_on_two_close(flags, tmp_path):

@@ -1,14 +1,14 @@
 """The README's pictures and tables, from runs of train.py.  Needs matplotlib; `speed` also needs trl, transformers, datasets, accelerate.
 
-    python assets/figures.py demo                              # the demo with beta 0, 0.1, 0.5, 1.0: sft_against_orpo.svg, beta.svg, a table
+    python assets/figures.py demo --seeds 3                    # the demo with beta 0, 0.1, 0.5, 1.0: beta.svg, a table
     python assets/figures.py real --model DIR --data FILE      # the same sweep on a pretrained model: beta_real.svg, a table
-    python assets/figures.py ratio                             # the demo with a probability ratio in the odds ratio's place: ratio.svg, a table
     python assets/figures.py mask                              # the attention mask of two packed pairs: mask.svg
-    python assets/figures.py speed --model DIR --data FILE     # train.py and TRL's ORPOTrainer in turn: speed.svg, a table
+    python assets/figures.py speed --model DIR --data FILE     # train.py and TRL's ORPOTrainer in turn: a table
 """
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,79 +30,56 @@ plt.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolo
 
 def save(figure, name):
     figure.tight_layout()
-    figure.savefig(HERE / name, transparent=True, metadata={"Date": None})
+    figure.savefig(HERE / name, transparent=True, metadata={"Date": None}, bbox_inches="tight")
     print(f"wrote assets/{name}")
 
 
-# train.py with -log sigmoid(log P_w - log P_l), a probability ratio, as the loss beside L_SFT
-PROBABILITY_RATIO = """
-import sys, orpo, train
-orpo.odds_ratio_loss = lambda chosen, rejected: -orpo.F.logsigmoid(chosen - rejected)
-sys.exit(train.main(*train.parse(sys.argv[1:])))
-"""
-
-
-def train(*arguments, program=(HERE.parent / "train.py",)):
-    """Run train.py in a fresh directory; its metrics.jsonl as a list of dicts."""
+def train(*arguments):
+    """Run train.py in a fresh directory -> the evaluation and the other lines of its metrics.jsonl, and what it printed."""
     with tempfile.TemporaryDirectory() as out:
-        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-        subprocess.run([sys.executable, *program, "--output_dir", out, "--save_steps", "0", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, env=environment)
-        return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        command = [sys.executable, HERE.parent / "train.py", "--output_dir", out, "--overwrite_output_dir", "--save_steps", "0"]
+        done = subprocess.run([*map(str, command), *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval_loss" in line], [line for line in lines if "loss" in line], done.stdout
 
 
-def sweep(arguments):
-    """{beta: evaluation lines} and a table of both ends."""
-    runs = {}
-    print("| beta | chosen, before | chosen, after | rejected, before | rejected, after | accuracy | margin of log-probs |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for beta in BETAS:
-        runs[beta] = [line for line in train("--beta", beta, *arguments) if "eval_loss" in line]
-        a, b = runs[beta][0], runs[beta][-1]
-        c, r = "eval_logps/chosen", "eval_logps/rejected"
-        print(f"| {beta:g} | {a[c]:.3f} | {b[c]:.3f} | {a[r]:.3f} | {b[r]:.3f} | {b['eval_rewards/accuracies']:.3f} | {b[c] - b[r]:.3f} |", flush=True)
-    return runs
+def span(values):
+    """Mean, and the range over several seeds."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
 
 
-def curves(axes, lines, title):
-    for key, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        axes.plot([line["step"] for line in lines], [line[f"eval_logps/{key}"] for line in lines], color=colour, label=key, linewidth=2)
-    axes.set(title=title, xlabel="step")
-
-
-def draw_sweep(runs, name):
-    figure, axes = plt.subplots(1, len(runs), figsize=(9, 2.8), sharey=True)
-    for ax, (beta, lines) in zip(axes, runs.items()):
-        curves(ax, lines, f"beta {beta:g}" + (" (SFT)" if beta == 0 else ""))
+def sweep(name, seeds, *arguments):
+    """The runs of each beta and seed: a table of their ends, and a picture of the mean and the range on the way."""
+    print("| beta | chosen, after | rejected, after | margin | accuracy | exact answers |\n| --- | --- | --- | --- | --- | --- |")
+    figure, axes = plt.subplots(1, len(BETAS), figsize=(9, 2.9), sharey=True)
+    for ax, beta in zip(axes, BETAS):
+        runs = [train("--beta", beta, "--seed", seed, *arguments) for seed in range(seeds)]
+        ends = [evaluations[-1] for evaluations, _, _ in runs]
+        margins = [end["eval_logps/chosen"] - end["eval_logps/rejected"] for end in ends]
+        columns = [[end[f"eval_{key}"] for end in ends] for key in ("logps/chosen", "logps/rejected", "rewards/accuracies")]
+        exact = [float(found[1]) for _, _, text in runs if (found := re.search(r"exact greedy answers +([\d.]+)", text))]
+        cells = [span(columns[0]), span(columns[1]), span(margins), span(columns[2]), span(exact) if exact else "-"]
+        print(f"| {beta:g}{' (SFT)' * (beta == 0)} | {' | '.join(cells)} |", flush=True)
+        for key, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            steps = [line["step"] for line in runs[0][0]]
+            values = [[line[f"eval_logps/{key}"] for line in evaluations] for evaluations, _, _ in runs]
+            means, lows, highs = ([f(column) for column in zip(*values)] for f in (statistics.mean, min, max))
+            ax.plot(steps, means, color=colour, label=key, linewidth=2)
+            ax.fill_between(steps, lows, highs, color=colour, alpha=0.25, linewidth=0)
+        ax.set(title=f"beta {beta:g}" + " (SFT)" * (beta == 0), xlabel="step")
     axes[0].set_ylabel("mean log-prob, held out")
-    axes[-1].legend(loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.09))
     save(figure, name)
 
 
 def demo(args):
-    runs = sweep(["--eval_steps", 25])
-    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
-    curves(axes[0], runs[0.0], "SFT alone (beta 0)")
-    curves(axes[1], runs[0.5], "ORPO (beta 0.5)")
-    axes[0].set_ylabel("mean log-prob, held out")
-    axes[1].legend(loc="lower right")
-    save(figure, "sft_against_orpo.svg")
-    draw_sweep(runs, "beta.svg")
+    sweep("beta.svg", args.seeds, "--eval_steps", 25)
 
 
 def real(args):
-    draw_sweep(sweep(["--model", args.model, "--data", args.data, "--eval_steps", 20, *args.rest]), "beta_real.svg")
-
-
-def ratio(args):
-    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3), sharey=True)
-    print("| contrast | chosen, after | rejected, after | accuracy |\n| --- | --- | --- | --- |")
-    for ax, name, program in zip(axes, ("odds ratio", "probability ratio"), ((HERE.parent / "train.py",), ("-c", PROBABILITY_RATIO))):
-        lines = [line for line in train("--beta", 1, "--eval_steps", 25, program=program) if "eval_loss" in line]
-        curves(ax, lines, f"{name}, beta 1")
-        end = lines[-1]
-        print(f"| {name} | {end['eval_logps/chosen']:.3f} | {end['eval_logps/rejected']:.3f} | {end['eval_rewards/accuracies']:.3f} |", flush=True)
-    axes[0].set_ylabel("mean log-prob, held out")
-    axes[1].legend(loc="lower right")
-    save(figure, "ratio.svg")
+    sweep("beta_real.svg", args.seeds, "--model", args.model, "--data", args.data, "--eval_steps", 20, *args.rest)
 
 
 def mask(args):
@@ -126,8 +103,11 @@ def mask(args):
             labels += [f"p{p - 1}{pair}"] + [f"{branch}{i}{pair}" for i in range(n - 1)]
     ax.set_xticks([i + 0.5 for i in range(T)], labels, rotation=90, fontsize=8)
     ax.set_yticks([T - i - 0.5 for i in range(T)], labels, fontsize=8)
-    ax.set(xlabel="key", ylabel="query", title="who sees whom: prefix, chosen branch, rejected branch", aspect="equal")
+    ax.set(xlabel="key", ylabel="query", title="who sees whom", aspect="equal")
     ax.title.set_fontsize(9)
+    names = {"prefix": "#457b9d", "chosen branch": CHOSEN, "rejected branch": REJECTED}
+    patches = [matplotlib.patches.Patch(color=colour, label=f"query in a {name}") for name, colour in names.items()]
+    figure.legend(handles=patches, loc="lower center", ncols=3, fontsize=8, bbox_to_anchor=(0.5, -0.04))
     save(figure, "mask.svg")
 
 
@@ -171,26 +151,21 @@ def speed(args):
         for _ in range(args.rounds):
             done = subprocess.run([sys.executable, "-c", PEER, args.model, rows, str(args.batch_size), str(args.steps), str(int(cuda))], check=True, capture_output=True, text=True)
             results["TRL"].append(json.loads(done.stdout.splitlines()[-1]))
-            lines = train("--model", args.model, "--data", rows, "--batch_size", args.batch_size, "--max_steps", args.steps, "--max_tokens", 16384, "--logging_steps", 1,
-                          "--eval_pairs", 0, "--learning_rate", 1e-5, *args.rest)[2:]
+            options = ["--batch_size", args.batch_size, "--max_steps", args.steps, "--max_tokens", 16384, "--logging_steps", 1]
+            lines = train("--model", args.model, "--data", rows, *options, "--eval_pairs", 0, "--learning_rate", 1e-5, *args.rest)[1][2:]
             results["here"].append([statistics.median(line["pairs_per_second"] for line in lines), lines[-1]["peak_memory_gb"]])
             print({name: [f"{x:.2f}" for x in runs[-1]] for name, runs in results.items()}, flush=True)
     median = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in results.items()}
     (pairs_trl, memory_trl), (pairs, memory) = median["TRL"], median["here"]
     print(f"| | pairs/s | peak memory, GB |\n| --- | --- | --- |\n| TRL | {pairs_trl:.2f} | {memory_trl:.2f} |\n| here | {pairs:.2f} | {memory:.2f} |\n| ratio | {pairs / pairs_trl:.2f} | {memory / memory_trl:.2f} |")
-    figure, axes = plt.subplots(1, 2, figsize=(6.5, 1.9))
-    for ax, column, title in zip(axes, (0, 1), ("pairs per second", "peak memory, GB")):
-        bars = ax.barh(list(median), [values[column] for values in median.values()], color=[GREY, CHOSEN])
-        ax.bar_label(bars, fmt="%.2f", color=GREY, padding=2)
-        ax.set(title=title, xlim=(0, 1.25 * max(values[column] for values in median.values())))
-    save(figure, "speed.svg")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["demo", "real", "ratio", "mask", "speed"])
+    p.add_argument("what", choices=["demo", "real", "mask", "speed"])
     p.add_argument("--model", help="directory or hub id")
     p.add_argument("--data", help="preference pairs")
+    p.add_argument("--seeds", type=int, default=1, help="of `demo` and `real`")
     p.add_argument("--batch_size", type=int, default=8, help="of `speed`")
     p.add_argument("--steps", type=int, default=8, help="of `speed`")
     p.add_argument("--rounds", type=int, default=3, help="of `speed`")
@@ -198,4 +173,4 @@ if __name__ == "__main__":
     if args.what in ("real", "speed") and not (args.model and args.data):
         p.error(f"{args.what} needs --model and --data")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    {"demo": demo, "real": real, "ratio": ratio, "mask": mask, "speed": speed}[args.what](args)
+    {"demo": demo, "real": real, "mask": mask, "speed": speed}[args.what](args)
