@@ -493,6 +493,11 @@ COLUMNS = {"chosen", "rejected", "input", "system", "chat_template_kwargs", *PRO
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
+# The Alpaca text as a chat template, for a model that brings none and was trained on such rows.
+ALPACA_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}"
+                   + ALPACA.format(instruction="{{ m.content }}", input="") + "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
 class Row(dict):
     """A pair's prompt, chosen and rejected.  place: file and line, where it has them.  form: what was read,
     in words.  template_options: more names for the chat template."""
@@ -594,8 +599,8 @@ def _explicit(raw, prompt_column):
             prompt, chosen, rejected = _shared_turns(prompt, chosen, rejected)
         case _:
             columns = ", ".join(f"{name}: {type(value).__name__}" for name, value in raw.items())
-            raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings, or "
-                            f"all as lists of role/content messages; columns found: {columns}")
+            raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings, "
+                            f"or all as lists of role/content messages; columns found: {columns}")
     opening = {"role": "system", "content": system}
     if system and isinstance(system, str) and isinstance(prompt, list) and opening not in prompt:
         prompt = [opening, *prompt]

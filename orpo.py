@@ -11,7 +11,7 @@ a prompt x, a chosen response y_w and a rejected response y_l; equation numbers 
     L_OR       = -log sigmoid(log odds(y_w|x) - log odds(y_l|x))    (7)
     dL_OR      = delta h                                            (8)
     delta      = 1 / (1 + odds_w / odds_l)                          (9)
-    h          = d log P_l / (1 - P_l) - d log P_w / (1 - P_w)     (10)   the paper prints it with the other sign
+    h          = d log P_l / (1 - P_l) - d log P_w / (1 - P_w)     (10)   printed with the other sign
 """
 import sys
 
@@ -146,7 +146,8 @@ def check_decoder():
     auto = gradient(odds_ratio_loss(chosen, rejected).sum())
     d_chosen, d_rejected = closed_form(chosen.detach(), rejected.detach())
     ratio = (log_odds(chosen) - log_odds(rejected)).detach().exp()  # 1 / (1 + 1/r) = r / (1 + r)
-    forms = {"closed form, Eqs. 8 to 10": 1, "delta upside down (odds_l / odds_w)": ratio, "h as the paper prints it": -1}
+    forms = {"closed form, Eqs. 8 to 10": 1, "delta upside down (odds_l / odds_w)": ratio,
+             "h as the paper prints it": -1}
     found = {}
     for name, factor in forms.items():
         delta_h = gradient((factor * (d_chosen * chosen + d_rejected * rejected)).sum())  # summed over pairs
@@ -168,7 +169,7 @@ def ratio_spread(count=50_000):
 def main():
     """Print the checks as tables; 1 if anything is not as it should be, else 0."""
     wrong = 0
-    print("Gradient of L_OR by one pair's mean log-probabilities; gaps: to the closed form, Eqs. 8 to 10, relative")
+    print("Gradient of L_OR by a pair's mean log-probabilities; relative gaps to the closed form, Eqs. 8-10")
     names = "log P_w", "log P_l", "L_OR", "dL/dlogP_w", "dL/dlogP_l", "autograd gap", "differences"
     print(("{:>10} " * 2 + "{:>13} " * 5).format(*names))
     for chosen, rejected in ORDINARY + EXTREME:
@@ -176,13 +177,15 @@ def main():
         good = max(gaps) < 1e-4 and torch.tensor([loss, *derivatives]).isfinite().all()
         wrong += not good
         numbers = chosen, rejected, loss, *derivatives, *gaps
-        print(("{:10.3g} " * 2 + "{:13.6g} " * 3 + "{:13.1e} " * 2).format(*numbers), "ok" if good else "DISAGREES")
-    print("\nThrough a small decoder in float64, three pairs in a pack, all parameters: relative gap to autograd")
+        row = ("{:10.3g} " * 2 + "{:13.6g} " * 3 + "{:13.1e} " * 2).format(*numbers)
+        print(row, "ok" if good else "DISAGREES")
+    print("\nThrough a small decoder, float64, three pairs in a pack, all parameters: relative gaps")
     for name, gap in check_decoder().items():
         agrees = gap < (1e-5 if "differences" in name else 1e-9)
         good = agrees == ("Eqs." in name or "differences" in name)
         wrong += not good
-        print(f"{name:40} {gap:8.1e}   {'agrees' if agrees else 'disagrees'}, as it {'must' if good else 'MUST NOT'}")
+        verdict = "agrees" if agrees else "disagrees"
+        print(f"{name:40} {gap:8.1e}   {verdict}, as it {'must' if good else 'MUST NOT'}")
     print("\nStandard deviations over 50,000 uniform pairs (the paper's Figure 6): "
           "0.2 log PR {:.2f}, log PR {:.2f}, log OR {:.2f}".format(*ratio_spread()))
     print(f"\n{wrong} rows are not as they should be." if wrong else "\nAll as it should be.")

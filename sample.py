@@ -9,6 +9,7 @@ A model with a chat template is asked through it (--raw: not); one without goes 
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -138,7 +139,8 @@ def read_prompts(path):
         for number, line in enumerate(file, 1):
             if line.strip():
                 with where(f"line {number}"):
-                    prompt = json.loads(line)["prompt"] if path.endswith(".jsonl") else line.rstrip("\n")
+                    row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.rstrip("\n")}
+                    prompt = row["instruction" if "instruction" in row else "prompt"]  # AlpacaEval's
                     refuse((kind_of(prompt) not in ("strings", "messages"), "a prompt is text or messages"))
                     prompts.append((number, prompt))
         refuse((not prompts, "no prompts in it"))
@@ -167,6 +169,8 @@ def chat(model, tokenizer, flags, options):
     """Answer line after line, with what was said before where the model has a chat template."""
     opening = [{"role": "system", "content": flags.system}] * bool(flags.system)
     history, text = opening, ""
+    with suppress(ImportError):  # line editing and a history of what was typed
+        import readline
     print("/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
     while text != "/exit":
         if text == "/new":

@@ -1,7 +1,7 @@
-"""What the project promises, tested.  python -m pytest -q;  one part of it: python -m pytest -q -k "loss" (or data, model, train, sample)
+"""What the project promises, tested.  python -m pytest -q;  a part of it: python -m pytest -q -k train
 
-A test's name begins with its part. Tests against transformers, trl and peft, or on ../shared/realdata, skip with a reason where those are
-missing; so do those that need a GPU.
+A test's name begins with its part: loss, data, model, train, sample, readme. Tests against transformers, trl
+and peft, or on ../shared/realdata, skip with a reason where those are missing; so do those that need a GPU.
 """
 import copy
 import dataclasses
@@ -35,7 +35,8 @@ import model as model_module
 import orpo
 import sample
 import train
-from data import Pairs, Tokenizer, UserError, demo_tokenizer, encode_pair, make_packs, pack, read_json, read_pairs, tokenize_pairs
+from data import Pairs, Tokenizer, UserError, demo_tokenizer, encode_pair, make_packs, pack
+from data import read_json, read_pairs, tokenize_pairs
 from model import Cache, Config, Packed, Transformer, target_logps
 from orpo import METRICS, SMALLEST, closed_form, log_odds, odds_ratio_loss, orpo_loss
 
@@ -81,22 +82,26 @@ def byte_tokenizer(*, post_processor=False, adds_bos=False, bos=True, template=N
     backend = demo_tokenizer().backend
     backend.add_special_tokens(["<s>"])
     if post_processor:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"} | ({"bos_token": "<s>"} if bos else {})
+        template = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        backend.post_processor = template
+    specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    specials |= {"bos_token": "<s>"} if bos else {}
     return Tokenizer(backend, specials, adds_bos, template)
 
 
 def random_pairs(lengths, vocab=53, seed=0):
-    """(prompt, chosen, rejected) ids of the given lengths."""
+    """(prompt, chosen, rejected) ids of the given lengths; none is 1, OPT's pad, which transformers does not
+    train."""
     rng = np.random.default_rng(seed)
-    return [tuple(rng.integers(3, vocab, n) for n in three) for three in lengths]  # 1 is OPT's pad: transformers trains no input row of it
+    return [tuple(rng.integers(3, vocab, n) for n in three) for three in lengths]
 
 
 def hypothesis_in(directory):
     """hypothesis, keeping its notes in a scratch directory; the test is skipped without it."""
     hypothesis = pytest.importorskip("hypothesis")
     hypothesis.configuration.set_hypothesis_home_dir(directory)
-    settings = hypothesis.settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    checks = list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(deadline=None, database=None, derandomize=True, suppress_health_check=checks)
     return hypothesis, hypothesis.strategies, settings
 
 
@@ -934,7 +939,8 @@ def adapted(directory, r=3, alpha=5.0, **more):
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "smollm3", "stablelm", "phi", "opt", "mixtral"])
 def test_model_adapters_are_pefts_and_merge(name, checkpoint, tmp_path):
-    """In PEFT the same logits; the merged model alone, too; trained are the adapters only, from nothing on."""
+    """In PEFT the same logits; the merged model alone, too; trained are the adapters only, from nothing
+    on."""
     peft = pytest.importorskip("peft", reason="peft is the reference")
     directory, model, tokens = checkpoint(name), adapted(checkpoint(name)), torch.tensor(IDS[None])
     weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
