@@ -495,7 +495,8 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 # The Alpaca text as a chat template, for a model that brings none and was trained on such rows.
 ALPACA_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}"
-                   + ALPACA.format(instruction="{{ m.content }}", input="") + "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+                   + ALPACA.format(instruction="{{ m.content }}", input="")
+                   + "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
 class Row(dict):

@@ -123,6 +123,10 @@ def causal_attention(q, k, v, window=None, positions=None):
         back = at[:, None, :, None] - torch.arange(K, device=q.device)  # (B, 1, Q, K): how far each key lies
         mask = (back >= 0) & (back < (window or K))
     grouped, causal = q.shape[2] != k.shape[2], mask is None and Q > 1
+    if grouped and q.device.type != "cpu" and (mask is not None or q.dtype.itemsize > 2):
+        # on a GPU only flash attention takes grouped heads, and no mask, no fp32: all scores would be held
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        grouped = False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
@@ -140,7 +144,9 @@ class Packed:
 
     def __init__(self, batch, flash):
         self.batch, self.flash = batch, flash
-        self.queries, self.keys = ([] if flash else cu.diff().tolist() for cu in (batch.cu_q, batch.cu_k))
+        prefix, chosen, rejected = batch.spans.unbind(1)  # lengths from the CPU: asking the device would wait
+        lengths = (prefix + chosen, rejected), (prefix + chosen, prefix + rejected)  # of queries, of keys
+        self.queries, self.keys = (torch.stack(two, 1).flatten().tolist() for two in lengths)
 
     def attend(self, module, q, k, v):
         b = self.batch

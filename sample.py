@@ -73,10 +73,11 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), **choice):
     positions = torch.arange(longest, device=device).expand_as(inputs)
     for step in range(max_new_tokens):
         tokens = pick(model.next_logits(inputs, positions, cache, longest + step, last), **choice)
-        rooms = [0 if token in stop_ids else room for token, room in zip(tokens.tolist(), rooms)]
+        picked = tokens.tolist()  # here the host waits for the device
+        rooms = [0 if token in stop_ids else room for token, room in zip(picked, rooms)]
         if step >= max(rooms):
             return
-        yield [token if step < room else None for token, room in zip(tokens.tolist(), rooms)]
+        yield [token if step < room else None for token, room in zip(picked, rooms)]
         inputs, last = tokens[:, None], None
         positions = (lengths + step)[:, None].clamp(max=end - 1)  # a row that has ended stays at its last
 
