@@ -225,13 +225,6 @@ UNSAFE = (r"torch\.(load|save)\b|import pickle|pickle\.|joblib|marshal|shelve|ob
           r"|np\.load|(gather|scatter|broadcast)_object|trust_remote_code|(?<![.\w])(eval|exec)\(")
 
 
-@pytest.mark.skipif(not os.environ.get("CI"), reason="a fork may change the lines that the README quotes")
-def test_readme_quotes_the_code():
-    quoted = re.findall(r"^\| \([\d, ]+\) \|.*\| `(.+)` \|$", README, re.M)
-    source = (HERE / "orpo.py").read_text(encoding="utf-8")
-    assert quoted and [line for line in quoted if line not in source] == []
-
-
 def test_readme_flags_and_linked_files_exist_and_the_top_holds_no_others():
     known = set("--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --model_args --tasks".split())  # others'
     known |= set(re.findall(r'"(--\w+)"', (HERE / "assets/figures.py").read_text(encoding="utf-8")))
@@ -2033,6 +2026,19 @@ def test_train_saves_what_it_asked_through(tmp_path):
     run(tmp_path / "given", common, data=put(rows, [conversation()] * 3), chat_template=given)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "given")
     assert tokenizer.decode(sample.prompt_ids("q", tokenizer)) == "<q>"
+
+
+def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    begun, told = {}, []
+    log = lambda metrics, step: told.append((step, *metrics))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **more: begun.update(more), log=log))
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    run(tmp_path, flags, max_steps=1, report_to="wandb", run_name="first")
+    assert (begun["project"], begun["name"]) == ("mine", "first")
+    assert [step for step, *_ in told] == [0, 1, 1]
+    assert "eval/loss" in told[0] and "train/grad_norm" in told[1] and "eval/rewards/margins" in told[2]
 
 
 def test_train_gives_up_its_lock(flags, tmp_path):

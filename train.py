@@ -117,8 +117,10 @@ ELSEWHERE = {  # what other trainers call things
     "resume_from_checkpoint": "it is --resume here", "model_name_or_path": "it is --model here",
     "dataset_name": "it is --data here", "max_completion_length": "a response takes what --max_length leaves",
     "per_device_train_batch_size": PACKED, "gradient_accumulation_steps": PACKED}
-# What the demo sets where nothing is said: a tiny model needs a larger rate, its task shows more so.
-DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, max_steps=750, max_length=64, logging_steps=50)
+# What the demo sets where nothing is said: a tiny model needs a larger rate, and its task shows more at a larger
+# beta. Its questions are random numbers, which nobody can learn to write: only the answers are scored.
+DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, max_steps=750, max_length=64, logging_steps=50,
+            prompt_loss=False)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2,
                   num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
                   tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
@@ -659,7 +661,7 @@ def ask(received, number, frame):
 
 
 def reporter(flags, ranks):
-    """log(metrics, step) for --report_to."""
+    """log(metrics, step) for --report_to, under transformers' names: train/loss, eval/loss."""
     name, kind = flags.run_name or os.path.basename(os.path.abspath(flags.output_dir)), flags.report_to
     if kind == "none" or not ranks.first:
         return lambda metrics, step: None
@@ -668,11 +670,20 @@ def reporter(flags, ranks):
             import wandb
 
             wandb.init(project=os.environ.get("WANDB_PROJECT", "orpo"), name=name, config=asdict(flags))
-            return wandb.log
-        from torch.utils.tensorboard import SummaryWriter
+        else:
+            from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(os.path.join(flags.output_dir, "runs", name))
-    return lambda metrics, step: [writer.add_scalar(key, value, step) for key, value in metrics.items()]
+            writer = SummaryWriter(os.path.join(flags.output_dir, "runs", name))
+
+    def log(metrics, step):
+        evaluated = "eval_loss" in metrics
+        named = {f"eval/{key[5:]}" if evaluated else f"train/{key}": metrics[key] for key in metrics}
+        if kind == "wandb":
+            return wandb.log(named, step=step)
+        for key, value in named.items():
+            writer.add_scalar(key, value, step)
+
+    return log
 
 
 # -----------------------------------------------------------------------------------------------------------
