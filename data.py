@@ -747,7 +747,8 @@ def where(*places):
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError, *OUR_OWN):
         raise
     except BaseException as error:  # not Exception alone: the panics of the tokenizers library are none
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        first_line = str(error).strip().partition("\n")[0]
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {first_line}"
         raise UserError(reason, *places) from error
 
 

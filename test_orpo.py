@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -959,6 +960,8 @@ def test_model_adapters_are_pefts(name, checkpoint, tmp_path):
         expected = theirs(tokens).logits
         assert (expected - load(directory).logits(tokens)).abs().max() > 0.1
         close(model.logits(tokens), expected, atol=1e-4)
+        model.save_pretrained(tmp_path / "merged", torch.float32)
+        close(load_in_transformers(tmp_path / "merged")(tokens).logits, expected, atol=1e-4)
     fresh = Transformer.outline(directory)
     fresh.add_adapters(3, 5.0)
     fresh.load().start_adapters()
@@ -2039,6 +2042,19 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
     assert (begun["project"], begun["name"]) == ("mine", "first")
     assert [step for step, *_ in told] == [0, 1, 1]
     assert "eval/loss" in told[0] and "train/grad_norm" in told[1] and "eval/rewards/margins" in told[2]
+
+
+@pytest.mark.parametrize("kind, text, line", [
+    ("torch._inductor.exc", "g++ not found", "--compile needs a C.. compiler"),
+    ("builtins", "Connection closed by peer (gloo)", "another rank"), ("builtins", "a mistake of ours", "^$")])
+def test_train_explains_what_is_not_its_fault(kind, text, line):
+    assert re.match(line, train.explain(type("Error", (RuntimeError,), {"__module__": kind})(text)))
+
+
+def test_train_with_closed_streams(flags, tmp_path):
+    words = [sys.executable, str(HERE / "train.py"), *command(flags, max_steps=1, output_dir=tmp_path)]
+    done = subprocess.run(f"{shlex.join(words)} >&- 2>&-", shell=True)
+    assert done.returncode == 0 and (tmp_path / "model.safetensors").exists()
 
 
 def test_train_gives_up_its_lock(flags, tmp_path):
