@@ -50,19 +50,22 @@ def without_autocast(x):
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-# Sums are fp32 inside the kernels. Autocast on a GPU would return fp32 as well: twice the memory, and q and k
-# unlike v. The residual stream between blocks has autocast's precision, too.
+# The residual stream between blocks stays fp32 under autocast, and norms hand on autocast's dtype: in bf16
+# its error grows with depth (rms of log-probs at 2, 24, 48 layers: 0.010, 0.014, 0.026; so 0.009, 0.011,
+# 0.011) for 4 bytes less a channel, token and layer, of some 60.
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         with without_autocast(x):
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+            y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return y.to(compute_dtype(y))
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         with without_autocast(x):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+            y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return y.to(compute_dtype(y))
 
 
 def make_norm(config, size, wanted=True):
@@ -433,7 +436,6 @@ class Transformer(nn.Module):
             angles = positions[..., None, None].float() * torch.cat([-freqs, freqs])
             angles = angles.to(torch.promote_types(torch.float32, x.dtype))  # float64 in the gradient check
             rotary = angles.cos(), angles.sin()  # sin(-a) = -sin(a): the sign that `rotate` asks for
-        x = x.to(compute_dtype(x))
         for layer in m.layers:
             again = self.gradient_checkpointing and torch.is_grad_enabled()
             block = partial(checkpoint, layer, use_reentrant=False) if again else layer
