@@ -1,6 +1,6 @@
 """Train a model with ORPO: a script, in the order in which things happen.
 
-    python train.py                                  # the built-in demo, on a CPU, in about a minute
+    python train.py                                  # the built-in demo, on a CPU, in a minute or two
     python train.py --model MODEL --data FILE        # a Hugging Face directory or hub id, preference pairs
     torchrun --nproc_per_node=8 train.py --model MODEL --data FILE
     python train.py --resume                         # go on exactly where the newest checkpoint ended
@@ -117,8 +117,9 @@ ELSEWHERE = {  # what other trainers call things
     "resume_from_checkpoint": "it is --resume here", "model_name_or_path": "it is --model here",
     "dataset_name": "it is --data here", "max_completion_length": "a response takes what --max_length leaves",
     "per_device_train_batch_size": PACKED, "gradient_accumulation_steps": PACKED}
-# What the demo sets where nothing is said: a tiny model needs a larger rate, and its task shows more at a larger
-# beta. Its questions are random numbers, which nobody can learn to write: only the answers are scored.
+# What the demo sets where nothing is said: a tiny model needs a larger rate, and its task shows more at a
+# larger beta. Its questions are random numbers, which nobody can learn to write: only the answers are
+# scored.
 DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, max_steps=750, max_length=64, logging_steps=50,
             prompt_loss=False)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2,
