@@ -5,6 +5,8 @@
     python sample.py --model out --prompts questions.txt --output answers.jsonl
 
 A model with a chat template is asked through it (--raw: not); one without goes on from the text as it stands.
+Where no --temperature, --top_k or --top_p is given, generation_config.json's count; its repetition_penalty
+does not.
 """
 import json
 import sys
