@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -1995,10 +1994,10 @@ def test_train_resume_on_three_ranks_is_exact_and_on_two_close(flags, tmp_path):
     """DDP's first backward sums in another order than later ones; with three ranks that is another result."""
     a, b, c = (tmp_path / name for name in "abc")
     run_ranks(a, 3, flags, eval_steps=0, max_steps=4)
-    for copy, count, max_tokens in ((b, 3, 8192), (c, 2, 100)):
-        shutil.copytree(a, copy)
-        shutil.rmtree(copy / "checkpoint-4")
-        run_ranks(copy, count, resume=True, max_tokens=max_tokens)
+    for again, count, max_tokens in ((b, 3, 8192), (c, 2, 100)):
+        shutil.copytree(a, again)
+        shutil.rmtree(again / "checkpoint-4")
+        run_ranks(again, count, resume=True, max_tokens=max_tokens)
     assert same_run(a, b, 4) and largest_difference(a, c) < 1e-4
 
 
