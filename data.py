@@ -514,9 +514,8 @@ def read_pairs(sources, *, prompt_column="", progress=False):
     {"prompt", "chosen", "rejected"}, each a string or a list of {"role", "content"} messages. Raises
     UserError with file and line where a row cannot be used.
     """
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     rows = []
-    for path in [path for source in sources for path in _files(os.fspath(source))]:
+    for path in find_files(sources):
         before, form = len(rows), ""
         bar = dict(desc=f"reading {Path(path).name}", unit=" rows", disable=not progress, leave=False)
         for place, raw in tqdm(_raw_rows(path), **bar):
@@ -528,6 +527,12 @@ def read_pairs(sources, *, prompt_column="", progress=False):
             rows.append(row)
         refuse((len(rows) == before, f"{path}: no rows in it"))
     return rows
+
+
+def find_files(sources):
+    """The files that `sources` of read_pairs stand for."""
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    return [path for source in sources for path in _files(os.fspath(source))]
 
 
 def _files(source):

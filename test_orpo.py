@@ -2353,6 +2353,8 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "train: another beta": ({}, ON | dict(beta=0.2), "--beta"),
     "train: a hub without network": ({}, dict(model="owner/name"), "owner/name"),
     "train: ids beyond the model": ({}, dict(model="few"), "100"),
+    "train: first the family": ({"model/config.json": '{"model_type": "t5"}', "b.jsonl": "{"}, dict(data="b.jsonl"),
+                                "t5.*llama"),
     "train: too few positions": ({}, dict(model="short"), "--max_length"),
     "train: no end of sequence": ({"model/tokenizer_config.json": "{}"}, {}, "eos|end-of-sequence"),
     "train: a template refuses": (REFUSED, dict(data="c.jsonl"), "c.jsonl.* 2"),
@@ -2392,6 +2394,15 @@ def test_train_and_sample_bad_run(scene, tmp_path, monkeypatch, name):
         train.main(command(defaults | flags)) if name.startswith("train") else ask(**(answers | flags))
     assert refused.value.status == 1 and "\n" not in str(refused.value)
     assert listing(here).items() >= before.items()
+
+
+def test_train_says_which_files_and_form_it_reads(flags, tmp_path, capsys):
+    rows = [dict(question=f"q{i}", chosen="a b", rejected="a c") for i in range(4)]
+    for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl"):
+        put(tmp_path / "set" / name, rows)
+    run(tmp_path / "out", flags, data=tmp_path / "set", dry_run=True)
+    said = "set['set/train-1.jsonl', 'set/train-2.jsonl']: messages with the prompt in question: 8 rows read"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank, count", [("0", "two"), ("x", "2"), ("5", "2")])

@@ -379,9 +379,11 @@ def load_pairs(flags, tokenizer, ranks):
     show, alone = sys.stderr.isatty(), flags.max_steps == 0 and flags.eval_data
     sources = [[name] for name in flags.eval_data] if alone else [flags.data, flags.eval_data]
     named = [] if flags.data or alone else [("the demo: which number is larger?", data.demo_pairs(3200))]
-    for files in filter(None, sources):
+    for names in filter(None, sources):
+        files = data.find_files(names)
         rows = data.read_pairs(files, prompt_column=flags.prompt_column, progress=show)
-        named.append((", ".join(files), rows))
+        found = [] if files == names else [os.path.join(*Path(path).parts[-2:]) for path in files]
+        named.append((f"{', '.join(names)}{found or ''}: {rows[0].form}", rows))
     use_template(flags, tokenizer, ranks, [row for _, rows in named for row in rows])
     lengths = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "truncation_mode")}
     parts = [data.tokenize_pairs(rows, tokenizer, progress=show, **lengths) for _, rows in named]
@@ -904,8 +906,11 @@ if __name__ == "__main__":
     advice = "lower --max_tokens or add --gradient_checkpointing; neither changes the result"
     status = data.run_program("train.py", main, advice, explain)
     sys.stdout.flush()
-    if status and status < 128:
-        os._exit(status)  # at once: the other ranks may be gone or waiting
-    if dist.is_initialized():
+    failed = 0 < status < 128
+    if dist.is_initialized() and not failed:
         dist.destroy_process_group()
+    if failed or os.environ.get("RANK", "0") != "0":
+        # At once: the other ranks may be gone or waiting, and gloo's threads have been seen to outlive
+        # Python's end, which aborted a rank that had done all its work.
+        os._exit(status)
     sys.exit(status)
