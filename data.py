@@ -268,6 +268,7 @@ def tokenize_pairs(rows, tokenizer, *, progress=False, **lengths):
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     report = f"{len(rows)} rows read, {len(kept)} kept: {reasons}"
     refuse((not kept, f"no pair is left to train on ({report})"))
+    report += "; most are cut: is --max_length as meant?" * (2 * counts["cut"] > len(kept))
     if early:
         report += (f"; in {len(early)} (first: {early[0]}) the template writes an answered prompt otherwise "
                    "than an open one: the response begins where the texts part, inside the prompt")
@@ -653,6 +654,9 @@ def kind_of(value):
 def _clean(value):
     """The value with text a tokenizer can take: lone surrogates in all that it holds become U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, default=str)
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        return value  # nearly always
     return json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
 
 
@@ -694,18 +698,26 @@ def demo_tokenizer():
 
 
 def demo_pairs(count, seed=0):
-    """`count` different questions about two numbers, as rows. The rejected answer is the chosen one with the
-    numbers swapped: it shares every word with it, so learning to write the chosen answer (SFT) makes the
-    rejected one likelier."""
-    rng = np.random.default_rng(seed)
-    numbers = rng.permutation([(a, b) for a in range(10, 100) for b in range(10, 100) if a != b])[:count]
+    """`count` different questions, as rows: "Name a number above 57." The chosen answer is one of many right
+    ones, so a model that has learnt them all still gives each little probability, as with real text; the
+    rejected one is wrong. All are two digits and a full stop: learning to write the chosen ones (SFT) makes
+    the rejected ones likelier, too."""
+    triples = [three for three in itertools.combinations(range(10, 100), 3) if 20 <= three[1] < 90]
     rows = []
-    for a, b in numbers.tolist():
-        question = {"role": "user", "content": f"Which is larger, {a} or {b}?"}
-        right, wrong = ({"role": "assistant", "content": f"{x} is larger than {y}."}
-                        for x, y in ((max(a, b), min(a, b)), (min(a, b), max(a, b))))
-        rows.append(Row(prompt=[question], chosen=[right], rejected=[wrong]))
+    for i in np.random.default_rng(seed).permutation(len(triples))[:count].tolist():
+        low, limit, high = triples[i]
+        word, right, wrong = [("above", high, low), ("below", low, high)][i % 2]
+        question = {"role": "user", "content": f"Name a number {word} {limit}."}
+        chosen, rejected = ([{"role": "assistant", "content": f"{x}."}] for x in (right, wrong))
+        rows.append(Row(prompt=[question], chosen=chosen, rejected=rejected))
     return rows
+
+
+def demo_right(question, answer):
+    """Does a text answer a question of the demo?"""
+    word, limit = re.search(r"(above|below) (\d\d)", question).groups()
+    number = re.fullmatch(r"(\d\d)\.", answer)
+    return number is not None and (number[1] > limit if word == "above" else number[1] < limit)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -899,5 +911,6 @@ def _given(cls, arguments, ranges, description="", elsewhere={}):
     for name, value in vars(known).items():
         least, most = ranges.get(name, (0, 2**62))
         if isinstance(value, int | float) and not least <= value <= most:
-            raise FlagError(f"--{name} {value}: must be at least {least:g} and at most {most:g}")
+            limit = f" and at most {most:g}" * (most < 2**31)
+            raise FlagError(f"--{name} {value}: must be at least {least:g}{limit}")
     return vars(known)

@@ -1,7 +1,7 @@
 """Generation: one prompt, a chat, or a file of prompts.
 
     python sample.py --model out                                     # chat: answers stream, history is kept
-    python sample.py --model out --prompt "Which is larger, 12 or 90?"
+    python sample.py --model out --prompt "Name a number above 57."
     python sample.py --model out --prompts questions.txt --output answers.jsonl
 
 A model with a chat template is asked through it (--raw: not); one without goes on from the text as it stands.
@@ -40,6 +40,7 @@ class Flags:
     debug: bool = False  # show tracebacks
 
 
+CHAT_HELP = "/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 RANGES = dict(max_new_tokens=(1, 2**31), temperature=(0, 1e6), top_p=(1e-9, 1), batch_size=(1, 2**20))
 
 
@@ -136,16 +137,17 @@ def answer(model, tokenizer, ids, options):
 
 
 def read_prompts(path):
-    """[(line number, prompt)] of a file: one a line, or .jsonl lines with text or messages under `prompt`."""
+    """[(line number, name, prompt)] of a file: one a line, or .jsonl lines with text or messages under the
+    name `prompt` or, as AlpacaEval has it, `instruction`."""
     prompts = []
     with where(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 with where(f"line {number}"):
                     row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.rstrip("\n")}
-                    prompt = row["instruction" if "instruction" in row else "prompt"]  # AlpacaEval's
-                    refuse((kind_of(prompt) not in ("strings", "messages"), "a prompt is text or messages"))
-                    prompts.append((number, prompt))
+                    name = "instruction" if "instruction" in row else "prompt"
+                    prompts.append((number, name, row[name]))
+                    refuse((kind_of(row[name]) not in ("strings", "messages"), "neither text nor messages"))
         refuse((not prompts, "no prompts in it"))
     return prompts
 
@@ -153,7 +155,7 @@ def read_prompts(path):
 def answer_file(model, tokenizer, prompts, flags, options):
     """Answer a file of prompts in its order, writing as they come."""
     ids = []
-    for number, prompt in prompts:
+    for number, _, prompt in prompts:
         with where(flags.prompts, f"line {number}"):
             ids.append(prompt_ids(prompt, tokenizer, flags.raw, flags.system))
             check_prompts(model, ids[-1:])
@@ -163,20 +165,23 @@ def answer_file(model, tokenizer, prompts, flags, options):
     for first in tqdm(range(0, len(ids), flags.batch_size), desc="answering", unit=" batches", disable=None):
         batch = ids[first : first + flags.batch_size]
         answers = continuations(model, batch, **options)
-        for (_, prompt), asked, new in zip(prompts[first:], batch, answers):
-            row = {"prompt": prompt, "answer": text_after(asked, new, tokenizer)}
+        for (_, name, prompt), asked, new in zip(prompts[first:], batch, answers):
+            text = text_after(asked, new, tokenizer)
+            alpaca = {name: prompt, "output": text, "generator": flags.model}
+            row = alpaca if name == "instruction" else {name: prompt, "answer": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def chat(model, tokenizer, flags, options):
     """Answer line after line, with what was said before where the model has a chat template."""
     opening = [{"role": "system", "content": flags.system}] * bool(flags.system)
-    history, text = opening, ""
-    with suppress(ImportError):  # line editing and a history of what was typed
+    history, text = opening, "/help"
+    with suppress(ImportError):  # line editing, a history of what was typed, pasted lines as one message
         import readline
-    print("/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
     while text != "/exit":
-        if text == "/new":
+        if text == "/help":
+            print(CHAT_HELP, file=sys.stderr)
+        elif text == "/new":
             history = opening
         elif text:
             asked = history + [{"role": "user", "content": text}]

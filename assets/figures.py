@@ -44,22 +44,21 @@ def train(*arguments):
 
 
 def span(values):
-    """Mean, and the range over several seeds."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+    """Mean, and the range over several seeds where they differ."""
+    mean, least, most = (f"{value:.2f}" for value in (statistics.mean(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def sweep(name, seeds, *arguments):
     """The runs of each beta and seed: a table of their ends, and a picture of the mean and the range on the way."""
-    print("| beta | chosen, after | rejected, after | margin | accuracy | exact answers |\n| --- | --- | --- | --- | --- | --- |")
+    print("| beta | chosen, after | rejected, after | accuracy | right answers |\n| --- | --- | --- | --- | --- |")
     figure, axes = plt.subplots(1, len(BETAS), figsize=(9, 2.9), sharey=True)
     for ax, beta in zip(axes, BETAS):
         runs = [train("--beta", beta, "--seed", seed, *arguments) for seed in range(seeds)]
         ends = [evaluations[-1] for evaluations, _, _ in runs]
-        margins = [end["eval_logps/chosen"] - end["eval_logps/rejected"] for end in ends]
         columns = [[end[f"eval_{key}"] for end in ends] for key in ("logps/chosen", "logps/rejected", "rewards/accuracies")]
-        exact = [float(found[1]) for _, _, text in runs if (found := re.search(r"exact greedy answers +([\d.]+)", text))]
-        cells = [span(columns[0]), span(columns[1]), span(margins), span(columns[2]), span(exact) if exact else "-"]
+        right = [float(found[1]) for _, _, text in runs if (found := re.search(r"right greedy answers +([\d.]+)", text))]
+        cells = [span(columns[0]), span(columns[1]), span(columns[2]), span(right) if right else "-"]
         print(f"| {beta:g}{' (SFT)' * (beta == 0)} | {' | '.join(cells)} |", flush=True)
         for key, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
             steps = [line["step"] for line in runs[0][0]]
