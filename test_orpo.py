@@ -1081,13 +1081,12 @@ def sequence_logps(logits, *parts):
 
 def reference_loss(logits, pairs, beta):
     """ORPO from two unpadded sequences for each pair."""
-    targets, ratios = [], []
+    targets, means = [], []
     for prompt, *responses in pairs:
-        chosen, rejected = (sequence_logps(logits, prompt, response) for response in responses)
-        win, lose = chosen[len(prompt) - 1 :].mean(), rejected[len(prompt) - 1 :].mean()
-        targets.append(chosen)
-        ratios.append(win - torch.log(-torch.expm1(win)) - lose + torch.log(-torch.expm1(lose)))
-    return -torch.cat(targets).mean() - beta * F.logsigmoid(torch.stack(ratios)).mean()
+        both = [sequence_logps(logits, prompt, response) for response in responses]
+        targets.append(both[0])
+        means.append(torch.stack([logps[len(prompt) - 1 :].mean() for logps in both]))
+    return -torch.cat(targets).mean() + beta * odds_ratio_loss(*torch.stack(means, 1)).mean()
 
 
 def reference_balance(reference, pairs, experts, visited):
@@ -1702,7 +1701,7 @@ def test_train_warns_of_much_that_is_cut_and_of_a_short_model(tmp_path, capsys):
     short = make_model(tmp_path / "model", SHAPE | dict(max_position_embeddings=3))
     run(tmp_path / "out", model=short, data=file, dry_run=True, max_length=4)
     printed = capsys.readouterr().out
-    assert "20 cut, 0 dropped; most are cut" in printed and "note: 4 tokens in a model made for 3" in printed
+    assert "20 cut, 0 dropped; most are cut" in printed and "note: sequences of 4 tokens, for 3 of" in printed
 
 
 def test_train_save_dtype_and_samples(flags, tmp_path):

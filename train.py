@@ -417,7 +417,8 @@ def check_fit(flags, model, parts, ranks):
         (longest > limit, f"{longest} tokens in a model of {limit} positions; use --max_length {limit}"),
         (flags.max_tokens < tree, f"--max_tokens {flags.max_tokens}: the longest pair takes {tree} of them"))
     if longest > model.config.max_position_embeddings:
-        ranks.say(f"note: {longest} tokens in a model made for {model.config.max_position_embeddings}")
+        ranks.say(f"note: sequences of {longest} tokens, for {model.config.max_position_embeddings} of which "
+                  "the model was made; --max_length cuts them")
 
 
 def spread(model, flags, ranks):
