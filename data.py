@@ -591,6 +591,7 @@ def _parquet_rows(path):
 def _explicit(raw, prompt_column):
     """A decoded object in any of the supported forms -> Row."""
     refuse((not isinstance(raw, dict), f"a JSON object is expected, not a {type(raw).__name__}"))
+    raw = _clean(raw)
     column = next((name for name in (prompt_column, *PROMPTS) if raw.get(name) is not None), None)
     prompt, chosen, rejected, extra, system = (
         _value(raw.get(name)) for name in (column, "chosen", "rejected", "input", "system"))
@@ -621,9 +622,8 @@ def _explicit(raw, prompt_column):
 
 
 def _value(value):
-    """A column's value, cleaned; turns as role/content messages, also where they are written as ShareGPT's
-    from/value, a single one, or with OpenAI's blocks of text."""
-    value = _clean(value)
+    """A column's value; turns as role/content messages, also where they are written as ShareGPT's from/value,
+    a single one, or with OpenAI's blocks of text."""
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return value
