@@ -1572,12 +1572,19 @@ def finish(process):
     return process.returncode, printed, errors
 
 
+def free_port():
+    """Of those that the system hands out to nobody, so that it is still free when the ranks have started."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free:
+            if free.connect_ex(("127.0.0.1", port)):
+                return str(port)
+
+
 def ranks(out, flags_of_ranks, **more):
     """The processes of some ranks, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port, count = free.getsockname()[1], len(flags_of_ranks)
-    world = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    count = len(flags_of_ranks)
+    world = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     places = [world | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
     return [start(out, flags, environment=place, **more) for flags, place in zip(flags_of_ranks, places)]
 
