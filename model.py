@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, fetch, parse_json, read_inside, read_json, where, write_json
+from data import UserError, fetch, parse_json, read_inside, read_json, refuse, where, write_json
 
 # varlen_attn changed between releases: 2.11 takes grouped heads as they come, later ones want to be told
 GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -320,10 +320,8 @@ class TargetLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, targets):
         ctx.save_for_backward(h, weight, bias, targets)
-        logps = []
-        for logits, _, target in some_logits(weight.to(h.dtype), bias, h, targets[:, None]):
-            logps.append(logits.log_softmax(-1).gather(1, target)[:, 0])
-        return torch.cat(logps)
+        some = some_logits(weight.to(h.dtype), bias, h, targets[:, None])
+        return torch.cat([logits.log_softmax(-1).gather(1, target)[:, 0] for logits, _, target in some])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -356,21 +354,6 @@ def target_logps(h, weight, bias, targets):
 # The whole.
 
 
-class Decoder(nn.Module):
-    """Everything but the output head. Exists for the parameters' names (`model.layers...`)."""
-
-    def __init__(self, config):
-        super().__init__()
-        C, narrow = config.hidden_size, config.embed_dim or config.hidden_size
-        rows = config.max_position_embeddings + config.position_offset
-        self.embed_tokens = nn.Embedding(config.vocab_size, narrow)
-        self.embed_positions = nn.Embedding(rows, C) if config.learned_positions else None
-        self.project_in = nn.Linear(narrow, C, bias=False) if narrow != C else nn.Identity()
-        self.project_out = nn.Linear(C, narrow, bias=False) if narrow != C else nn.Identity()
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = make_norm(config, C, config.norm_first and not config.no_final_norm)
-
-
 class Transformer(nn.Module):
     """A causal language model.  config: Config.  hf_config: config.json as it was read.  Set the attribute
     gradient_checkpointing to compute each block again in the backward pass."""
@@ -379,9 +362,18 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.hf_config, self.generation_config = config, hf_config, None
         self.file_dtype, self.gradient_checkpointing = torch.float32, False
-        self.model = Decoder(config)
-        width = config.embed_dim or config.hidden_size
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
+        # The longest sequence the model can take; None for rotary positions, which do not end
+        self.max_positions = config.max_position_embeddings if config.learned_positions else None
+        C, narrow, vocabulary = config.hidden_size, config.embed_dim, config.vocab_size
+        rows = config.max_position_embeddings + config.position_offset
+        m = self.model = nn.Module()  # only for the parameters' names (`model.layers...`)
+        m.embed_tokens = nn.Embedding(vocabulary, narrow)
+        m.embed_positions = nn.Embedding(rows, C) if config.learned_positions else None
+        m.project_in = nn.Linear(narrow, C, bias=False) if narrow != C else nn.Identity()
+        m.project_out = nn.Linear(C, narrow, bias=False) if narrow != C else nn.Identity()
+        m.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        m.norm = make_norm(config, C, config.norm_first and not config.no_final_norm)
+        self.lm_head = nn.Linear(narrow, vocabulary, bias=config.head_bias)
         self.tie()
 
     def tie(self):
@@ -396,13 +388,12 @@ class Transformer(nn.Module):
             p.normal_(0, 0.02, generator=generator) if p.ndim > 1 else p.fill_(name.endswith("weight"))
         return self
 
-    @torch.no_grad()
     def add_adapters(self, r, alpha):
         """LoRA: the blocks' linear layers (not a router's, nor experts) learn an update of rank r, all else
         is frozen. Their start is set by start_adapters, once the parameters are where they will be."""
         joined = [name for name, held in self.file_parts().items() if len(held) > 1]
-        if joined:  # PEFT has one update for what is several layers here
-            raise UserError(f"--lora_r: {self.config.model_type} joins layers ({joined[0]}): not supported")
+        # PEFT has one update for what is several layers here
+        refuse((joined, f"--lora_r: {self.config.model_type} joins layers {joined[:1]}: not supported"))
         self.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Linear):
@@ -418,11 +409,6 @@ class Transformer(nn.Module):
                 assign(parameter, torch.empty(parameter.shape).uniform_(-limit, limit, generator=generator))
             elif name.endswith("lora_B"):
                 parameter.zero_()
-
-    @property
-    def max_positions(self):
-        """The longest sequence the model can take; None for rotary positions, which do not end."""
-        return self.config.max_position_embeddings if self.config.learned_positions else None
 
     def hidden(self, tokens, positions, layout, weight=None):
         """tokens, positions (..., T) -> final hidden states (..., T, C), and the router's statistics summed
@@ -473,10 +459,9 @@ class Transformer(nn.Module):
         useful ones only: no padding, no second prompt, no recomputation. 6 per matrix weight and token
         (Kaplan et al. 2020), 4 of a frozen one, 12 D per head and query-key pair; of the experts only those
         a token visits."""
-        c, head = self.config, self.lm_head.weight
-        weights = head.numel() * (1 if head.requires_grad else 2 / 3)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name and "lm_head" not in name:
+        c, weights = self.config, 0
+        for name, parameter in (*self.model.named_parameters(), ("head", self.lm_head.weight)):
+            if parameter.ndim > 1 and "embed" not in name:
                 part = c.num_experts_per_tok / c.num_experts if ".experts." in name else 1
                 weights += parameter.numel() * part * (1 if parameter.requires_grad else 2 / 3)
         prefix, chosen, rejected = spans.double().unbind(1)
@@ -497,12 +482,11 @@ class Transformer(nn.Module):
     def outline(cls, path_or_repo, *, revision=None):
         """The model without its weights, on the meta device; only its two JSON files are read."""
         directory = fetch(path_or_repo, revision, ["config.json", "generation_config.json"])
-        hf, generation = (read_inside(directory, name) for name in ("config.json", "generation_config.json"))
-        hf = parse_json(hf, directory, "config.json")
+        hf, generation = (parse_json(read_inside(directory, name), directory, name)
+                          for name in ("config.json", "generation_config.json"))
         with torch.device("meta"):
             model = cls(Config.from_hf(hf, f"{directory}/config.json"), hf)
-        model.source = path_or_repo, revision
-        model.generation_config = parse_json(generation, directory, "generation_config.json")
+        model.source, model.generation_config = (path_or_repo, revision), generation
         return model
 
     @torch.no_grad()
@@ -510,14 +494,12 @@ class Transformer(nn.Module):
         """Fill an outline's parameters from its files, one tensor after the other, once all fit.
         frozen_dtype: of those that are not trained."""
         directory, parts = fetch(*self.source, WEIGHT_FILES), self.file_parts()
-        outline = {name: torch.empty(p.shape, device="meta") for name, p in self.named_parameters()
-                   if not name.endswith(("lora_A", "lora_B"))}
+        outline = {name: torch.empty(p.shape, device="meta") for name, p in self.named_parameters()}
         with where(directory):
             stored = self.known_names(find_tensors(directory, "model"))
             missing, unexpected = sorted(parts.keys() - stored), sorted(stored.keys() - parts)
-            if missing or unexpected:
-                what = f"missing tensors: {missing[:5]}, unexpected: {unexpected[:5]} (the first five)"
-                raise UserError(f"the weights do not fit config.json; {what}")
+            what = f"missing tensors: {missing[:5]}, unexpected: {unexpected[:5]} (the first five)"
+            refuse((missing or unexpected, f"the weights do not fit config.json; {what}"))
             for name, tensor in self.in_files(outline, "meta", torch.float32).items():
                 stored[name].check(list(tensor.shape))
         for parameter in self.parameters():
@@ -553,17 +535,21 @@ class Transformer(nn.Module):
         if self.generation_config:
             write_json(os.path.join(directory, "generation_config.json"), self.generation_config)
 
+    def file_name(self, ours):
+        """A name of ours as this family's files have it."""
+        for old, new in RENAMES.get(self.config.model_type, {}).items():
+            ours = ours.replace(old, new)
+        return ours
+
     def file_parts(self):
         """{name in the files: [(our name, index)]}: what a file's tensor holds, joined by rows. The index is
         an expert's number, or ... for all of a parameter; a tied head stands there as the embedding alone."""
         parts = {}
         for ours, parameter in self.named_parameters():
-            if ours.endswith(("lora_A", "lora_B")):
+            if "lora_" in ours:
                 continue
             expert = ".experts." in ours
-            name = ours.replace(".experts.", ".experts.{}.") + ".weight" * expert
-            for old, new in RENAMES.get(self.config.model_type, {}).items():
-                name = name.replace(old, new)
+            name = self.file_name(ours.replace(".experts.", ".experts.{}.") + ".weight" * expert)
             for index in range(len(parameter)) if expert else [...]:
                 parts.setdefault(name.format(index), []).append((ours, index))
         return parts
@@ -579,27 +565,22 @@ class Transformer(nn.Module):
 
     def merged(self, weights, ours):
         """A parameter with its adapter's update, if it has one."""
-        weight, layer = weights[ours].detach(), ours.removesuffix("weight")
+        weight, layer = weights[ours], ours.removesuffix("weight")
         if layer + "lora_A" not in weights:
             return weight
-        update = weights[layer + "lora_B"].detach() @ weights[layer + "lora_A"].detach()
+        update = weights[layer + "lora_B"] @ weights[layer + "lora_A"]
         return weight + (self.get_submodule(layer.rstrip(".")).scale * update).to(weight.device)
 
     def save_adapters(self, directory, weights, base, r, alpha):
         """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained
         loads."""
-        tensors, targets = {}, set()
-        for ours, tensor in weights.items():
-            if ours.endswith(("lora_A", "lora_B")):
-                name = ours
-                for old, new in RENAMES.get(self.config.model_type, {}).items():
-                    name = name.replace(old, new)
-                tensors[f"base_model.model.{name}.weight"] = tensor.cpu()
-                targets.add(name.split(".")[-2])
+        adapters = {self.file_name(ours): tensor for ours, tensor in weights.items() if "lora_" in ours}
+        tensors = {f"base_model.model.{name}.weight": tensor.cpu() for name, tensor in adapters.items()}
         write_tensors(directory, "adapter_model", tensors)
         write_json(os.path.join(directory, "adapter_config.json"), {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
-            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(targets)})
+            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": sorted({name.split(".")[-2] for name in adapters})})
 
     def turned(self, tensor, name):
         """A file's tensor as ours, and back: GPT-2 stores its linear weights as (in, out)."""
@@ -609,14 +590,15 @@ class Transformer(nn.Module):
     def known_names(self, stored):
         """The tensors that count, under their full names: hub files may lack a prefix, or hold either half
         of a tied head."""
-        prefix = PREFIXES.get(self.config.model_type, "")
+        embedding = next(iter(self.file_parts()))
+        prefix = embedding.partition(".")[0] + "."  # model. or transformer.
         full = {name: entry for name, entry in stored.items() if not BUFFERS.search(name)}
         if not any(name.startswith(prefix) for name in full):
             full = {name if name.startswith("lm_head") else prefix + name: full[name] for name in full}
         if self.config.tie_word_embeddings and "lm_head.weight" in full:
-            embedding, head = next(iter(self.file_parts())), full.pop("lm_head.weight")
-            if not torch.equal(full.setdefault(embedding, head).read(), head.read()):
-                raise UserError(f"lm_head.weight and {embedding} differ, but tie_word_embeddings is true")
+            head = full.pop("lm_head.weight")
+            differ = not torch.equal(full.setdefault(embedding, head).read(), head.read())
+            refuse((differ, f"lm_head.weight and {embedding} differ, but tie_word_embeddings is true"))
         return full
 
 
@@ -647,10 +629,11 @@ CONFIG_KEYS = {  # config.json's older and other names -> the one used here
     "n_inner": "intermediate_size", "n_positions": "max_position_embeddings", "ffn_dim": "intermediate_size",
     "activation_function": "hidden_act", "rms_norm_eps": "norm_eps", "layer_norm_eps": "norm_eps",
     "layer_norm_epsilon": "norm_eps", "num_local_experts": "num_experts", "word_embed_proj_dim": "embed_dim",
-    "qk_layernorm": "qk_norm", "_remove_final_layer_norm": "no_final_norm"}
+    "qk_layernorm": "qk_norm", "_remove_final_layer_norm": "no_final_norm", "use_qkv_bias": "qkv_bias",
+    "use_parallel_residual": "parallel", "do_layer_norm_before": "norm_first"}
 # A model's shape: the sizes that config.json has to give, and what it leaves unsaid in Llama's case.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "intermediate_size")
+         "head_dim", "intermediate_size", "embed_dim")  # OPT-350M: embeddings narrower than the model
 LLAMA = dict(
     model_type="llama", tie_word_embeddings=False, hidden_act="silu", norm="rms", norm_eps=1e-6,  # or "layer"
     rope_theta=1e4, partial_rotary_factor=1.0, max_position_embeddings=2048,
@@ -658,7 +641,6 @@ LLAMA = dict(
     gated=True, parallel=False,  # silu(gate) * up or one matrix up; attention and MLP read the same input
     qk_norm=False, qkv_bias=False, out_bias=False, mlp_bias=False, head_bias=False,
     norm_first=True, no_final_norm=False,  # OPT-350M: after the residual sum, and none at the end
-    embed_dim=0,  # OPT-350M: embeddings narrower than the model
     num_experts=0, num_experts_per_tok=2, moe_intermediate_size=0, norm_topk_prob=False,
     router_aux_loss_coef=0.0, output_router_logits=False)
 LIMITS = dict(vocab_size=2**31, max_position_embeddings=2**31, num_hidden_layers=2**12, num_experts=2**12,
@@ -680,11 +662,9 @@ FAMILIES = {
     "smollm3": dict(ATTENTION_BIAS, tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4),
     "phi3": dict(sliding_window=None, norm_eps=1e-5),
     "phi": dict(PLAIN, parallel=True, head_bias=True, partial_rotary_factor=0.5),
-    "stablelm": dict(LAYER_NORM, partial_rotary_factor=0.25, qkv_bias="=use_qkv_bias",
-                     parallel="=use_parallel_residual"),
+    "stablelm": dict(LAYER_NORM, partial_rotary_factor=0.25),
     "gpt2": dict(PLAIN, learned_positions=True, tie_word_embeddings=True),
     "opt": dict(PLAIN, learned_positions=True, position_offset=2, hidden_act="relu", tie_word_embeddings=True,
-                do_layer_norm_before=True, norm_first="=do_layer_norm_before",
                 enable_bias=True, **dict.fromkeys(BIASES, "=enable_bias")),
     "mixtral": dict(MIXTURE, sliding_window=None, norm_eps=1e-5, rope_theta=1e6, norm_topk_prob=True,
                     moe_intermediate_size="=intermediate_size"),
@@ -701,13 +681,11 @@ RENAMES = {
     "opt": {"model.": "model.decoder.", "self_attn.o_proj": "self_attn.out_proj",
             "input_layernorm": "self_attn_layer_norm", "post_attention_layernorm": "final_layer_norm",
             "mlp.up_proj": "fc1", "mlp.down_proj": "fc2", "decoder.norm": "decoder.final_layer_norm"},
-    "gpt2": {"model.layers": "transformer.h", "model.embed_tokens": "transformer.wte",
-             "model.embed_positions": "transformer.wpe", "model.norm": "transformer.ln_f",
-             "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj",
-             "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn",
-             "self_attn.v_proj": "attn.c_attn", "up_proj": "c_fc", "down_proj": "c_proj"},
+    "gpt2": {"model.": "transformer.", "layers": "h", "embed_tokens": "wte", "embed_positions": "wpe",
+             "transformer.norm": "transformer.ln_f", "input_layernorm": "ln_1",
+             "post_attention_layernorm": "ln_2", "self_attn": "attn", "o_proj": "c_proj", "q_proj": "c_attn",
+             "k_proj": "c_attn", "v_proj": "c_attn", "up_proj": "c_fc", "down_proj": "c_proj"},
     "mixtral": {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
-PREFIXES = {"gpt2": "transformer.", "opt": "model."}  # hub files of these may lack it
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants in older files
 ROPE = {"default": (), "linear": ("factor",),  # rope types, and their numbers
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -721,28 +699,30 @@ class Config(SimpleNamespace):
     def from_hf(cls, hf, place="config.json"):
         """Hugging Face's config.json, as a dict, old spellings and new. Raises UserError for what is not
         supported, or what no model can be: it would fail much later, or ask for all of the memory."""
-        with where(place, "a value is missing or makes no sense"):
+        with where(place, "a value is missing or not supported"):
             family = hf.get("model_type")
-            _unless(family in FAMILIES, f"model_type {family!r} (known are {', '.join(FAMILIES)})")
+            refuse((family not in FAMILIES, f"model_type {family!r} (known are {', '.join(FAMILIES)})"))
             row, kinds = FAMILIES[family], dict.fromkeys(SIZES, 1) | LLAMA
             stray = STRAY if "learned_positions" in row else ()
             said = {CONFIG_KEYS.get(k, k): v for k, v in hf.items() if v is not None and k not in stray}
             c = LLAMA | row | said
             c |= {key: c.get(source[1:], False) for key, source in row.items() if str(source).startswith("=")}
             width, heads = c["hidden_size"], c["num_attention_heads"]
-            c = dict(num_key_value_heads=heads, head_dim=width // heads, intermediate_size=4 * width) | c
+            c = dict(num_key_value_heads=heads, head_dim=width // heads, intermediate_size=4 * width,
+                     embed_dim=width) | c
             for key, usual in kinds.items():
                 good = type(c[key]) is type(usual)
                 if type(usual) in (int, float):
                     least = type(usual) is int and usual > 0  # sizes are at least 1, unless 0 is usual
                     good = type(c[key]) in (int, type(usual)) and least <= c[key] < LIMITS.get(key, 2**20)
-                _unless(good, f"{key} = {c[key]!r}")
+                refuse((not good, f"{key} = {c[key]!r}"))
             for key, value in REFUSED.items():
-                _unless(hf.get(key) != value, f"{key} = {value}")
-            _unless(family != "stablelm" or not c["qk_norm"], "qk_layernorm (a norm of its own to each head)")
-            _unless("quantization_config" not in c, "quantized weights (quantization_config)")
-            _unless(c["hidden_act"] in ACTIVATIONS, f"activation {c['hidden_act']!r}")
-            _unless(heads % c["num_key_value_heads"] == 0, f"{heads} heads over {c['num_key_value_heads']}")
+                refuse((hf.get(key) == value, f"{key} = {value}"))
+            refuse(
+                (family == "stablelm" and c["qk_norm"], "qk_layernorm (a norm of its own to each head)"),
+                ("quantization_config" in c, "quantized weights (quantization_config)"),
+                (c["hidden_act"] not in ACTIVATIONS, f"activation {c['hidden_act']!r}"),
+                (heads % c["num_key_value_heads"], f"{heads} heads over {c['num_key_value_heads']}"))
             shape = {key: c[key] for key in kinds} | _rope(c)
             return cls(**shape, windows=_windows(c, hf, row), moe_layers=_moe_layers(c, row))
 
@@ -754,13 +734,12 @@ def _rope(c):
         return dict(rope={}, rotary_dim=0, rotated=[False for _ in layers])
     said = c.get("rope_parameters") or c.get("rope_scaling") or {}
     kind = said.get("rope_type", said.get("type", "default"))
-    _unless(kind in ROPE, f"rope_type {kind!r}")
-    usual = {key: c[key] for key in ("rope_theta", "partial_rotary_factor")}
-    said = usual | {"original_max_position_embeddings": c["max_position_embeddings"]} | said
+    refuse((kind not in ROPE, f"rope_type {kind!r}"))
+    said = c | {"original_max_position_embeddings": c["max_position_embeddings"]} | said
     rope = {"rope_type": kind} | {key: float(said[key]) for key in ("rope_theta", *ROPE[kind])}
     n = int(c["head_dim"] * said["partial_rotary_factor"])
     good = n % 2 == 0 and 0 < n <= c["head_dim"] and rope_frequencies(rope, n, "cpu").isfinite().all()
-    _unless(good, f"rotary positions {rope} over {n} of {c['head_dim']}")
+    refuse((not good, f"rotary positions {rope} over {n} of {c['head_dim']}"))
     every = c.get("no_rope_layer_interval", len(layers) + 1)
     rotated = c.get("no_rope_layers") or [(i + 1) % every for i in layers]
     return dict(rope=rope, rotary_dim=n, rotated=[bool(rotated[i]) for i in layers])
@@ -768,13 +747,13 @@ def _rope(c):
 
 def _windows(c, hf, row):
     layers, windowed = range(c["num_hidden_layers"]), c.get("use_sliding_window", "sliding_window" in row)
-    _unless("sliding_window" in row or not windowed, "use_sliding_window")
+    refuse((windowed and "sliding_window" not in row, "use_sliding_window"))
     window = hf.get("sliding_window", row["sliding_window"]) if windowed else None  # null: none
     good = window is None or type(window) is int and 0 < window < 2**31
     windows, first = {"full_attention": None, "sliding_attention": window}, c.get("max_window_layers", 0)
     types = c.get("layer_types") or [list(windows)[i >= first] for i in layers]
-    _unless(good and len(types) == len(layers), f"sliding_window {window!r}, {len(types)} layer_types")
-    _unless(set(types) <= set(windows), f"layer_types {sorted(set(types) - set(windows), key=str)}")
+    refuse((not good or len(types) != len(layers), f"sliding_window {window!r}, {len(types)} layer_types"),
+           (set(types) - set(windows), f"layer_types {sorted(set(types) - set(windows), key=str)}"))
     return [windows[kind] for kind in types]
 
 
@@ -782,14 +761,9 @@ def _moe_layers(c, row):
     if "decoder_sparse_step" not in row:
         return []
     top_k, experts, inner = c["num_experts_per_tok"], c["num_experts"], c["moe_intermediate_size"]
-    _unless(inner > 0 and top_k <= experts, f"{top_k} of {experts} experts of size {inner}")
+    refuse((inner == 0 or top_k > experts, f"{top_k} of {experts} experts of size {inner}"))
     sparse = [i for i in range(c["num_hidden_layers"]) if (i + 1) % c["decoder_sparse_step"] == 0]
     return [i for i in sparse if i not in c["mlp_only_layers"]]
-
-
-def _unless(supported, what):
-    if not supported:
-        raise UserError(f"{what}: not supported")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -823,18 +797,17 @@ class StoredTensor:
 
 def find_tensors(directory, stem):
     """{name: StoredTensor} of STEM.safetensors, or of the shards that STEM.safetensors.index.json names."""
-    names = [f"{stem}.safetensors"]
-    index = os.path.join(directory, f"{stem}.safetensors.index.json")
+    alone, index = f"{stem}.safetensors", os.path.join(directory, f"{stem}.safetensors.index.json")
+    names, exists = [alone], os.path.exists(os.path.join(directory, alone))
     if os.path.exists(index):
-        single = os.path.exists(os.path.join(directory, names[0]))
         with where(index, "no usable weight_map in it"):
             names = sorted(set(read_json(index)["weight_map"].values()))
             for name in names:  # a stranger's index must not reach outside of the model's directory
-                _unless(os.path.basename(name) == name, f"the file {name!r}")
-        if single and names != [f"{stem}.safetensors"]:  # readers differ in which they take
-            raise UserError(f"beside it {stem}.safetensors; remove what is not the model's", index)
-    elif not os.path.exists(os.path.join(directory, names[0])):
-        raise UserError(NO_WEIGHTS.format(names[0]))
+                refuse((os.path.basename(name) != name, f"the file {name!r}"))
+        differ = exists and names != [alone]  # readers differ in which they take
+        refuse((differ, f"{index} is beside {alone}; remove what is not the model's"))
+    else:
+        refuse((not exists, NO_WEIGHTS.format(alone)))
     found = {}
     for path in (os.path.join(directory, name) for name in names):
         with where(path, "not readable; fetch or copy it again"), safe_open(path, "pt") as file:

@@ -1922,7 +1922,8 @@ def test_train_killed_runs_resume(flags, whole, tmp_path, number):
         time.sleep(chance.uniform(0, 0.6 if number % 2 else 6))
         process.kill()
         process.wait()
-        assert not any(map(train.damage, train.checkpoints(out).values()))  # complete or absent
+        for checkpoint in train.checkpoints(out).values():
+            train.check_whole(checkpoint)  # complete or absent
     assert finish(begin())[0] == 0
     assert same_run(whole, out) and set(os.listdir(out)) == set(os.listdir(whole))
 
@@ -1945,7 +1946,9 @@ def test_train_what_one_rank_meets_ends_all(flags, tmp_path, number, status, lef
         time.sleep(0.002)
     second.send_signal(number)
     assert finish(second)[0] == (status if left else -number)
-    assert [train.damage(checkpoint) for checkpoint in train.checkpoints(tmp_path).values()] == [""] * left
+    assert len(train.checkpoints(tmp_path)) == left
+    for checkpoint in train.checkpoints(tmp_path).values():
+        train.check_whole(checkpoint)
     ended, _, errors = finish(first)
     assert ended == status and (left or re.fullmatch("train.py: .*another rank.*\n", errors))
 
@@ -2224,7 +2227,8 @@ def test_train_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
     status, _, errors = finish(start(tmp_path, resume=True, max_steps=9, before=before))
     assert status == 1 and re.fullmatch("train.py: .*checkpoint-4.*\n", errors)
-    assert list(train.checkpoints(tmp_path)) == [2] and not train.damage(f"{tmp_path}/checkpoint-2")
+    assert list(train.checkpoints(tmp_path)) == [2]
+    train.check_whole(f"{tmp_path}/checkpoint-2")
 
 
 @pytest.mark.parametrize("error", ["MemoryError", "torch.OutOfMemoryError('CUDA')",

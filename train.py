@@ -11,7 +11,6 @@ The trajectory does not depend on the hardware: a step is the next `batch_size` 
 however many packs, micro-steps and ranks compute it, and its losses are sums divided once by the counts of
 the whole step.
 """
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,9 +25,8 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -134,7 +132,7 @@ def parse(arguments):
     flags, given = parse_flags(Flags, arguments, __doc__, RANGES, ELSEWHERE)
     resumed, prompt = flags.resume != "no", flags.max_prompt_length
     if not (flags.model or flags.data or resumed):
-        flags = dataclasses.replace(flags, **{name: DEMO[name] for name in DEMO.keys() - given})
+        flags = replace(flags, **{name: DEMO[name] for name in DEMO.keys() - given})
     rows, missing = flags.data or flags.max_steps == 0 and flags.eval_data, "data" if flags.model else "model"
     refuse(
         (not resumed and bool(flags.model) != bool(rows), f"--{missing} is missing: give both, or neither"),
@@ -195,11 +193,10 @@ class RunDirectory:
         self.path = Path(path)
         with where(f"--output_dir {path} cannot be written to"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.record = open(self.path / ".orpo", "a+", encoding="utf-8")
+            self.record = open(self.path / ".orpo", "a", encoding="utf-8")
             with where("another run is writing there; wait for it, or choose another"):
                 fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.record.seek(0)
-            names = self.record.read().splitlines()
+            names = (self.path / ".orpo").read_text(encoding="utf-8").splitlines()
             self.names = {name for name in names if os.path.lexists(self.path / name)}
 
     def claim(self, names):
@@ -265,25 +262,22 @@ def checkpoints(output_dir):
     return {step: os.path.join(output_dir, f"checkpoint-{step}") for step in steps}
 
 
-def damage(directory):
-    """What is wrong with a checkpoint; empty if every file is what was written, for the step it says."""
+def check_whole(directory):
+    """UserError unless every file of a checkpoint is what was written, for the step it says."""
     manifest, state = (os.path.join(directory, name) for name in ("manifest.json", "state.json"))
-    try:
-        with where(directory):
-            refuse((read_json(manifest) != digests(directory), "its files are not what was written"),
-                   (Path(directory).name != f"checkpoint-{read_json(state)['step']}", "of another step"))
-        return ""
-    except UserError as error:
-        return str(error)
+    with where(directory):
+        refuse((read_json(manifest) != digests(directory), "its files are not what was written"),
+               (Path(directory).name != f"checkpoint-{read_json(state)['step']}", "of another step"))
 
 
 def newest_checkpoint(flags):
     """The step of the newest checkpoint that is whole, 0 without one; damaged ones are reported."""
     for step, directory in reversed(checkpoints(flags.output_dir).items()):
-        wrong = damage(directory)
-        if not wrong:
+        try:
+            check_whole(directory)
             return step
-        print(f"a damaged checkpoint is passed over: {wrong}", file=sys.stderr)
+        except UserError as error:
+            print(f"a damaged checkpoint is passed over: {error}", file=sys.stderr)
     refuse((flags.resume == "yes", f"{flags.output_dir} has no whole checkpoint; start without --resume"))
     return 0
 
@@ -326,7 +320,7 @@ def recorded_flags(flags, given, checkpoint, ranks):
     """The flags of a resumed run: as recorded, but for those given now that may change."""
     path = os.path.join(checkpoint, "train_config.json")
     recorded = read_json(path)
-    for field in dataclasses.fields(Flags):
+    for field in fields(Flags):
         name, value = field.name, getattr(flags, field.name)
         if name in given and name in recorded and value != recorded[name]:
             was = f"--{name} {value}: it was {recorded[name]}"
@@ -393,17 +387,17 @@ def load_pairs(flags, tokenizer, ranks):
     count = min(200, len(pairs) // 10) if count is None else count
     refuse((count >= len(pairs), f"--eval_pairs {count}: of {len(pairs)} pairs some must be trained on"))
     order = np.random.default_rng(0).permutation(len(pairs))  # of the data alone: seeds can be compared
-    return [pairs.select(np.sort(order[count:])), pairs.select(np.sort(order[:count]))]
+    return [pairs.select(np.sort(part)) for part in (order[count:], order[:count]) if len(part)]
 
 
 def share_pairs(parts, ranks):
-    """What the first rank read, on every rank: tokenizing is done once. Empty parts are left out."""
+    """What the first rank read, on every rank: tokenizing is done once."""
     shared = []
     for i in range(*ranks.of_first([len(parts)])):
         arrays = (getattr(parts[i], name) if ranks.first else [] for name in ("tokens", "ends", "rows"))
         tokens, ends, rows = map(ranks.of_first, arrays)
         shared.append(data.Pairs(tokens.astype(np.int32), ends, rows))
-    return [pairs for pairs in shared if len(pairs)]
+    return shared
 
 
 def check_fit(flags, model, parts, ranks):
@@ -461,7 +455,8 @@ def begin_files(run, checkpoint, start):
 
 class Run:
     """What the parts of the loop share. network: the model, perhaps as DDP.  names: of the metrics that
-    packs add to.  fingerprint: of the pairs.  held_out: what is evaluated, a list of Pairs.
+    packs add to.  fingerprint: of the pairs.  held_out: what is evaluated, a list of Pairs.  trained: {name:
+    parameter}.  signal: the number of one that came, or 0.
 
     Since the last line of metrics: sums (this rank's part) of the metrics, grad_norm and the steps with a
     finite gradient; indices of the pairs; clock, its time.  unseen: (step, its pairs, was it finite?) of the
@@ -475,32 +470,33 @@ class Run:
         usual = 2e-4 if flags.lora_r else min(1e-3, 5e-6 * math.sqrt(7e9 / parameters))
         flags.learning_rate = flags.learning_rate or usual
         self.total = steps_in_all(flags, len(self.pairs))
-        usual = max(1, self.total // 10)
-        self.eval_steps = (usual if flags.eval_steps is None else flags.eval_steps) if self.held_out else 0
+        self.eval_steps = max(1, self.total // 10) if flags.eval_steps is None else flags.eval_steps
         self.network = spread(model, flags, ranks)
         flags.save_dtype = flags.save_dtype or str(model.file_dtype).removeprefix("torch.")
-        trained, decay = self.trained().values(), flags.weight_decay
-        groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=decay),
-                  dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
-        betas = flags.adam_beta1, flags.adam_beta2
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=flags.adam_epsilon, fused=True)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = [dict(params=[p for p in self.trained.values() if p.ndim > 1]),
+                  dict(params=[p for p in self.trained.values() if p.ndim <= 1], weight_decay=0.0)]
+        betas, decay = (flags.adam_beta1, flags.adam_beta2), flags.weight_decay
+        self.optimizer = torch.optim.AdamW(groups, 0.0, betas, flags.adam_epsilon, decay, fused=True)
         aux = flags.output_router_logits or model.config.output_router_logits
         self.names = METRICS + ("aux_loss",) * bool(aux and model.config.moe_layers)
         gpu = torch.cuda.get_device_name(ranks.device) if cuda and flags.dtype == "bfloat16" else ""
         self.peak = sum(flops for name, flops in PEAK.items() if re.search(rf"\b{name}\b", gpu))
         self.report = reporter(flags, ranks)
-        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=ranks.device)
-        self.unseen, self.in_a_row = [], 0
+        self.unseen, self.in_a_row, self.signal = [], 0, 0
         self.new_line()
         ranks.say(f"{parameters:,} parameters, {len(self.pairs)} pairs, {self.total} steps, {flags.dtype} on "
                   f"{ranks.count} {ranks.device.type}, beta {flags.beta:g}, rate {flags.learning_rate:.2g}")
 
     def new_line(self):
-        self.sums.zero_()
+        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=self.ranks.device)
         self.indices, self.clock = [], time.perf_counter()
 
-    def trained(self):
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def ask(self, number, frame):
+        """SIGTERM and SIGINT ask for the end: the step in hand is finished. A second SIGINT ends at once."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nfinishing this step and saving it; Ctrl-C ends at once\n")
 
     def autocast(self):
         # no cache: a forward uses each weight once, and cached casts of all would outlive their blocks
@@ -594,7 +590,6 @@ def in_short(result):
 @torch.no_grad()
 def evaluate(run, step, epoch):
     """Log the metrics of the held-out pairs, and, if asked for, answers to their first prompts."""
-    say, decode = run.ranks.say, run.tokenizer.decode
     for number, pairs in enumerate(run.held_out):
         batches, counts = run.packs(pairs, np.arange(len(pairs)))
         batches = [batch.to(run.ranks.device) for batch in batches]
@@ -605,25 +600,26 @@ def evaluate(run, step, epoch):
         run.record("metrics.jsonl", {"step": step, "epoch": round(epoch, 6)} | file | result)
         run.report(result, step)
         shown = ", ".join(f"{label} {value:.3f}" for label, value in in_short(result).items())
-        say(f"eval {step} | {shown}" + "".join(f"\n    on {name}" for name in file.values()))
-        prompts = [pairs[i][0].tolist() for i in range(min(run.flags.generate_during_eval, len(pairs)))]
-        for prompt, answer in zip(prompts, answers_to(run, prompts, 128)):
-            text = text_after(prompt, answer, run.tokenizer)
-            run.record("samples.jsonl", {"step": step, "prompt": decode(prompt), "answer": text})
-            say(f"  {decode(prompt)[-30:]!r:.34} -> {text!r:.60}")
+        run.ranks.say(f"eval {step} | {shown}" + "".join(f"\n    on {name}" for name in file.values()))
+        for prompt, answer in answers_to(run, pairs, run.flags.generate_during_eval, 128):
+            asked, text = run.tokenizer.decode(prompt), text_after(prompt, answer, run.tokenizer)
+            run.record("samples.jsonl", {"step": step, "prompt": asked, "answer": text})
+            run.ranks.say(f"  {asked[-30:]!r:.34} -> {text!r:.60}")
 
 
-def answers_to(run, prompts, max_new_tokens):
-    """Greedy answers by the first rank, or by all that hold a part of the model."""
+def answers_to(run, pairs, count, max_new_tokens):
+    """(prompt, greedy answer) of the first pairs, by the first rank, or by all that hold a part of the model;
+    elsewhere none."""
+    prompts = [pairs[i][0].tolist() for i in range(min(count, len(pairs)))]
     if not prompts or not (run.ranks.first or run.flags.shard):
         return []
     with torch.compiler.set_stance("force_eager"), run.autocast():  # not a graph for each length
-        return continuations(run.model, prompts, max_new_tokens, run.tokenizer.stop_ids())
+        return list(zip(prompts, continuations(run.model, prompts, max_new_tokens, run.tokenizer.stop_ids())))
 
 
 def log_line(run, step, epoch):
     """Log the means over the steps since the last line; nothing where none of these was finite."""
-    *sums, steps = run.ranks.sum(run.sums.clone()).tolist()
+    *sums, steps = run.ranks.sum(run.sums).tolist()
     seconds, spans = time.perf_counter() - run.clock, run.pairs.spans()[np.concatenate(run.indices)]
     run.new_line()
     if not steps:
@@ -661,13 +657,6 @@ def report_bad(run):
                 f"try a lower --learning_rate. Checkpoints: {kept}"))
 
 
-def ask(received, number, frame):
-    """SIGTERM and SIGINT ask for the end: the step in hand is finished. A second SIGINT ends at once."""
-    received.append(number)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.write(2, b"\nfinishing this step and saving it; Ctrl-C ends at once\n")
-
-
 def reporter(flags, ranks):
     """log(metrics, step) for --report_to, under transformers' names: train/loss, eval/loss."""
     name, kind = flags.run_name or os.path.basename(os.path.abspath(flags.output_dir)), flags.report_to
@@ -700,7 +689,7 @@ def reporter(flags, ranks):
 
 def save_checkpoint(run, step):
     """Everything needed to go on from here, as checkpoint-N; of the older ones --save_total_limit stay."""
-    flags, trained, moments = run.flags, run.trained(), run.optimizer.state
+    flags, trained, moments = run.flags, run.trained, run.optimizer.state
     state = {"step": step, "window": run.ranks.sum(run.sums.clone()).tolist(), "data": run.fingerprint,
              "clock": run.tokenizer.clock.isoformat()}
     weights = run.gather(() if flags.lora_r else run.model.named_parameters())
@@ -734,7 +723,7 @@ def restore(checkpoint, run):
         state = read_json(os.path.join(checkpoint, "state.json"))
         refuse((state["data"] != run.fingerprint, "the pairs are not those that this run was started with"))
         run.sums += torch.tensor(state["window"], dtype=torch.float64, device=device) * run.ranks.first
-        for name, parameter in run.trained().items():
+        for name, parameter in run.trained.items():
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             run.optimizer.state[parameter] = moments = {"step": torch.zeros((), device=device)} | moments
             for key, value in (moments | ({"adapter": parameter.data} if run.flags.lora_r else {})).items():
@@ -788,10 +777,9 @@ def summarise(run, logged, seconds):
             say(f"{name:24}{value:11.3f}{evaluated[-1][name]:11.3f}")
     if demo and run.held_out:
         held_out, decode = run.held_out[0], run.tokenizer.decode
-        prompts = [held_out[i][0].tolist() for i in range(len(held_out))]
-        answers = [decode(answer) for answer in answers_to(run, prompts, 32)]
-        right = sum(data.demo_right(decode(prompt), answer) for prompt, answer in zip(prompts, answers))
-        say(f"{'right greedy answers':24}{right / len(prompts):22.3f}")
+        answers = answers_to(run, held_out, len(held_out), 32)
+        right = sum(data.demo_right(decode(prompt), decode(answer)) for prompt, answer in answers)
+        say(f"{'right greedy answers':24}{right / len(held_out):22.3f}")
     say(f"\n{timedelta(seconds=round(seconds))} in all; the model and metrics.jsonl are in {out}. Next:"
         f"\n    python sample.py --model {out}" + ' --prompt "Name a number above 57."' * demo)
 
@@ -822,13 +810,13 @@ def main(arguments):
 
         # -- on the device
         run = Run(flags, ranks, directory, tokenizer, model, parts)
-        network, optimizer, trained = run.network, run.optimizer, [*run.trained().values()]
-        start, received = restore(checkpoint, run) if checkpoint else 0, [0]  # signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, partial(ask, received))
+        network, optimizer, trained = run.network, run.optimizer, [*run.trained.values()]
+        start = restore(checkpoint, run) if checkpoint else 0
+        signal.signal(signal.SIGTERM, run.ask)
+        signal.signal(signal.SIGINT, run.ask)
         if ranks.first:
             begin_files(run, checkpoint, start)
-        if run.held_out and not run.total or run.eval_steps and not checkpoint:
+        if not run.total or run.eval_steps and not checkpoint:
             evaluate(run, 0, 0.0)
         if not run.total:
             ranks.say(f"{time.perf_counter() - begun:.0f} seconds in all")
@@ -859,19 +847,19 @@ def main(arguments):
                     # Ranks' gradients are averaged, here they add up. A loss that is not finite makes all so.
                     loss.backward(torch.where(loss.isfinite(), float(ranks.count), torch.nan).to(loss.dtype))
                 sums += metrics
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained]))
             if flags.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(trained, flags.max_grad_norm, norm)
-            finite = whole(norm).isfinite()
+            finite = norm.isfinite()
             optimizer.found_inf = (~finite).float()  # where it is 1, all stays as it is
             optimizer.step()
             optimizer.zero_grad(set_to_none=network is model)  # with DDP set to none, they would exist twice
-            once = torch.stack([whole(norm), finite]) / ranks.count  # the same on all
+            once = torch.stack([norm, finite]) / ranks.count  # the same on all
             run.sums += torch.where(finite, torch.cat([sums, once]), 0.0)
             run.unseen.append((step, indices, finite))
             run.indices.append(indices)
 
-            signalled = int(ranks.sum(torch.tensor(received[-1]), dist.ReduceOp.MAX))  # by any of the ranks
+            signalled = int(ranks.sum(torch.tensor(run.signal), dist.ReduceOp.MAX))  # by any of the ranks
             logging = step % flags.logging_steps == 0 or step == run.total
             saving = flags.save_steps and (step % flags.save_steps == 0 or step == run.total) or signalled
             if logging or saving:
@@ -886,11 +874,9 @@ def main(arguments):
                 save_checkpoint(run, step)
             run.clock += time.perf_counter() - pause
             if signalled and step < run.total:
-                name = signal.Signals(signalled).name
-                ranks.say(f"{name}: stopped after step {step}{', saved' * saved}; go on with --resume "
-                          f"--output_dir {flags.output_dir}")
+                ranks.say(f"{signal.Signals(signalled).name}: stopped after step {step}{', saved' * saved}; "
+                          f"go on with --resume --output_dir {flags.output_dir}")
                 return 128 + signalled
-        worker.shutdown()
         logged = []
         for line in (directory.path / "metrics.jsonl").read_text().splitlines() if ranks.first else ():
             with suppress(ValueError):  # a line that somebody garbled
