@@ -29,7 +29,6 @@ from typing import get_args
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import normalizers, pre_tokenizers
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------------------------------------
@@ -268,10 +267,10 @@ def tokenize_pairs(rows, tokenizer, *, progress=False, **lengths):
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     report = f"{len(rows)} rows read, {len(kept)} kept: {reasons}"
     refuse((not kept, f"no pair is left to train on ({report})"))
-    report += "; most are cut: is --max_length as meant?" * (2 * counts["cut"] > len(kept))
+    report += "\n  most are cut: is --max_length as meant?" * (2 * counts["cut"] > len(kept))
     if early:
-        report += (f"; in {len(early)} (first: {early[0]}) the template writes an answered prompt otherwise "
-                   "than an open one: the response begins where the texts part, inside the prompt")
+        report += (f"\n  in {len(early)} (first: {early[0]}) the template writes an answered prompt otherwise"
+                   "\n  than an open one: the response begins where the texts part, inside the prompt")
     return Pairs.joined(kept_parts, kept, report)
 
 
@@ -279,12 +278,12 @@ def _text(response):
     return response if isinstance(response, str) else "".join(message["content"] for message in response)
 
 
-def describe(pairs, tokenizer, prompt_loss=True, count=3):
-    """What will be trained of the first pairs, as text: their tokens, and which losses score them."""
+def describe(pairs, tokenizer, prompt_loss):
+    """What will be trained of the first three pairs, as text: their tokens, and which losses score them."""
     scored = {"prompt": "L_SFT (from the second token on)" if prompt_loss else "nothing",
               "chosen": "L_SFT and L_OR", "rejected": "L_OR"}
     lines = []
-    for pair in range(min(count, len(pairs))):
+    for pair in range(min(3, len(pairs))):
         lines.append(f"\nrow {pairs.rows[pair]}")
         for (name, losses), ids in zip(scored.items(), pairs[pair]):
             lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}")
@@ -343,7 +342,7 @@ class Tokenizer:
                 backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         else:
             with where(directory, "no tokenizer.json, and no usable vocab.json with merges.txt"):
-                backend = _bpe_from_files(files, settings, model)
+                backend = _bpe_from_files(directory, settings, model)
         with where(directory, "the tokenizer's settings"):
             adds_bos = settings.get("add_bos_token")
             refuse((not isinstance(adds_bos, bool | None), f"add_bos_token: {adds_bos!r} is no truth value"))
@@ -416,9 +415,8 @@ def _special_tokens(backend, settings, listed, model):
     texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
     specials = {name: text for name, text in texts.items() if isinstance(text, str)}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for token in specials.values():
-        if token not in known and backend.token_to_id(token) is not None:
-            backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+    forgotten = {text for text in specials.values() if backend.token_to_id(text) is not None} - known
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in forgotten])
     return specials
 
 
@@ -434,27 +432,24 @@ def _model_template(files, settings):
     return template
 
 
-def _byte_level_bpe(vocab, merges):
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def _byte_level(model):
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     return backend
 
 
-def _bpe_from_files(files, settings, model):
+def _bpe_from_files(directory, settings, model):
     """A tokenizer of the GPT-2, OPT or Qwen kind from vocab.json + merges.txt, as old repositories have."""
-    lines = files["merges.txt"].decode().splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    backend = _byte_level_bpe(parse_json(files["vocab.json"]), merges)
+    paths = [os.path.join(directory, name) for name in ("vocab.json", "merges.txt")]
+    backend = _byte_level(tokenizers.models.BPE.from_file(*paths))
     if "qwen" in str(settings.get("tokenizer_class", model.get("model_type"))).lower():
-        backend.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        backend.normalizer = tokenizers.normalizers.NFC()
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     added = settings.get("added_tokens_decoder", {})
-    for i in sorted(added, key=int):
-        options = {name: value for name, value in added[i].items() if name != "__type"}
-        backend.add_tokens([tokenizers.AddedToken(**options)])
+    backend.add_tokens([tokenizers.AddedToken(**added[i]) for i in sorted(added, key=int)])
     return backend
 
 
@@ -627,17 +622,19 @@ def _value(value):
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return value
-    messages = []
-    for turn in turns:
-        if "from" in turn and "role" not in turn:
-            turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        blocks = turn.get("content")
-        if isinstance(blocks, list):
-            kinds = [block.get("type") for block in blocks if "text" not in block]
-            refuse((kinds, f"a message has blocks of type {kinds}; only text can be read"))
-            turn = turn | {"content": "".join(block["text"] for block in blocks)}
-        messages.append(turn)
-    return messages
+    return [_message(turn) for turn in turns]
+
+
+def _message(turn):
+    """A turn with a role and a text, where it has them under other names or in blocks."""
+    if "from" in turn and "role" not in turn:
+        turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
+    blocks = turn.get("content")
+    if isinstance(blocks, list):
+        kinds = [block.get("type") for block in blocks if "text" not in block]
+        refuse((kinds, f"a message has blocks of type {kinds}; only text can be read"))
+        turn = turn | {"content": "".join(block["text"] for block in blocks)}
+    return turn
 
 
 def kind_of(value):
@@ -654,10 +651,8 @@ def kind_of(value):
 def _clean(value):
     """The value with text a tokenizer can take: lone surrogates in all that it holds become U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    with suppress(UnicodeEncodeError):
-        text.encode()
-        return value  # nearly always
-    return json.loads(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+    clean = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return value if clean == text else json.loads(clean)
 
 
 def _shared_turns(prompt, chosen, rejected):
@@ -677,9 +672,8 @@ def _shared_text(chosen, rejected):
     """Whole texts -> prompt, chosen, rejected: the prompt ends with the last shared "\\n\\nAssistant:" after
     which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word boundary that both have."""
     prompt = os.path.commonprefix([chosen, rejected])
-    turns = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", prompt)
-    words = re.match(r"(?s)(.*\s)?", prompt)[0].removesuffix(" ")  # that space is part of the next word
-    end = turns.end() if turns else len(words)
+    shared = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", prompt) or re.match(r"(?s)(.*\s)?", prompt)
+    end = len(shared[0].removesuffix(" "))  # that space is part of the next word
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -689,8 +683,8 @@ def _shared_text(chosen, rejected):
 
 def demo_tokenizer():
     """A byte-level tokenizer: 256 bytes and EOS. Its chat template shows the last question alone."""
-    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = _byte_level_bpe(vocab, [])
+    vocab = {symbol: i for i, symbol in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    backend = _byte_level(tokenizers.models.BPE(vocab, []))
     backend.add_special_tokens(["<|endoftext|>"])
     template = ("{% for m in (messages[-2:] if messages[-1].role == 'assistant' else messages[-1:]) %}"
                 "{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}")

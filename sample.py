@@ -100,12 +100,11 @@ def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
     return [[token for token in row if token is not None] for row in zip(*steps)]
 
 
-def prompt_ids(prompt, tokenizer, raw=False, system=""):
-    """Ids of a prompt: a list of messages through the chat template, a string as a user's message if there
-    is one."""
-    if isinstance(prompt, str) and tokenizer.has_template and not raw:
-        opening = [{"role": "system", "content": system}] * bool(system)
-        prompt = opening + [{"role": "user", "content": prompt}]
+def prompt_ids(prompt, tokenizer, history=()):
+    """Ids of a prompt: a list of messages through the chat template, a string as the user's turn after those
+    of `history` if there is one."""
+    if isinstance(prompt, str) and tokenizer.has_template:
+        prompt = [*history, {"role": "user", "content": prompt}]
     text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, True)
     ids = tokenizer.encode(text)
     return [tokenizer.bos_id] * (tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]) + ids
@@ -152,12 +151,12 @@ def read_prompts(path):
     return prompts
 
 
-def answer_file(model, tokenizer, prompts, flags, options):
+def answer_file(model, tokenizer, prompts, opening, flags, options):
     """Answer a file of prompts in its order, writing as they come."""
     ids = []
     for number, _, prompt in prompts:
         with where(flags.prompts, f"line {number}"):
-            ids.append(prompt_ids(prompt, tokenizer, flags.raw, flags.system))
+            ids.append(prompt_ids(prompt, tokenizer, opening))
             check_prompts(model, ids[-1:])
     with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
@@ -167,34 +166,28 @@ def answer_file(model, tokenizer, prompts, flags, options):
         answers = continuations(model, batch, **options)
         for (_, name, prompt), asked, new in zip(prompts[first:], batch, answers):
             text = text_after(asked, new, tokenizer)
-            alpaca = {name: prompt, "output": text, "generator": flags.model}
-            row = alpaca if name == "instruction" else {name: prompt, "answer": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            said = {"output": text, "generator": flags.model} if name == "instruction" else {"answer": text}
+            file.write(json.dumps({name: prompt} | said, ensure_ascii=False) + "\n")
 
 
-def chat(model, tokenizer, flags, options):
+def chat(model, tokenizer, opening, options):
     """Answer line after line, with what was said before where the model has a chat template."""
-    opening = [{"role": "system", "content": flags.system}] * bool(flags.system)
-    history, text = opening, "/help"
     with suppress(ImportError):  # line editing, a history of what was typed, pasted lines as one message
         import readline
-    while text != "/exit":
-        if text == "/help":
-            print(CHAT_HELP, file=sys.stderr)
-        elif text == "/new":
-            history = opening
-        elif text:
-            asked = history + [{"role": "user", "content": text}]
-            try:
-                prompt = asked if tokenizer.has_template and not flags.raw else text
-                said = answer(model, tokenizer, prompt_ids(prompt, tokenizer, flags.raw), options)
-                history = asked + [{"role": "assistant", "content": said}]
-            except UserError as error:  # one message that cannot be answered does not end the chat
-                print(f"{error} (/new starts afresh)", file=sys.stderr)
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            text = "/exit"
+    history = list(opening)
+    print(CHAT_HELP, file=sys.stderr)
+    with suppress(EOFError):  # Ctrl-D
+        while (text := input("> ").strip()) != "/exit":
+            if text == "/help":
+                print(CHAT_HELP, file=sys.stderr)
+            elif text == "/new":
+                history = list(opening)
+            elif text:
+                try:
+                    said = answer(model, tokenizer, prompt_ids(text, tokenizer, history), options)
+                    history += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+                except UserError as error:  # one message that cannot be answered does not end the chat
+                    print(f"{error} (/new starts afresh)", file=sys.stderr)
 
 
 def main(arguments):
@@ -208,21 +201,23 @@ def main(arguments):
     tokenizer = Tokenizer.from_pretrained(flags.model, revision=flags.revision)
     model = Transformer.from_pretrained(flags.model, revision=flags.revision)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    refuse((flags.system and (flags.raw or not tokenizer.has_template), "--system needs a chat template"))
+    tokenizer.has_template = tokenizer.has_template and not flags.raw  # without: a prompt as it stands
+    refuse((flags.system and not tokenizer.has_template, "--system needs a chat template"))
+    opening = [{"role": "system", "content": flags.system}] * bool(flags.system)
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
         torch.set_num_threads(1)  # waking a second thread for so little work takes longer than the work
-    usual, said = model.generation_config or {}, asdict(flags)
-    usual = usual if usual.get("do_sample") else {"temperature": 0.0}  # as transformers reads it
-    options = {name: usual.get(name, neutral) if said[name] is None else said[name]
-               for name, neutral in dict(temperature=1.0, top_k=0, top_p=1.0).items()}
+    usual = model.generation_config if model.generation_config.get("do_sample") else {"temperature": 0.0}
+    options = dict(temperature=1.0, top_k=0, top_p=1.0)
+    for source in (usual, asdict(flags)):  # as transformers reads it; the command line wins
+        options |= {name: source[name] for name in options if source.get(name) is not None}
     options |= dict(stop_ids=tokenizer.stop_ids(), max_new_tokens=flags.max_new_tokens,
                     generator=torch.Generator(device).manual_seed(flags.seed))
     if prompts:
-        answer_file(model, tokenizer, prompts, flags, options)
+        answer_file(model, tokenizer, prompts, opening, flags, options)
     elif flags.prompt is not None:
-        answer(model, tokenizer, prompt_ids(flags.prompt, tokenizer, flags.raw, flags.system), options)
+        answer(model, tokenizer, prompt_ids(flags.prompt, tokenizer, opening), options)
     else:
-        chat(model, tokenizer, flags, options)
+        chat(model, tokenizer, opening, options)
     return 0
 
 

@@ -370,7 +370,7 @@ def load_pairs(flags, tokenizer, ranks):
     Where nothing is trained each file of --eval_data stands apart, the first also in place of --data."""
     show, alone = sys.stderr.isatty(), flags.max_steps == 0 and flags.eval_data
     sources = [[name] for name in flags.eval_data] if alone else [flags.data, flags.eval_data]
-    named = [] if flags.data or alone else [("the demo: a number above, or below", data.demo_pairs(6000))]
+    named = [] if flags.data or alone else [("the demo", data.demo_pairs(6000))]
     for names in filter(None, sources):
         files = data.find_files(names)
         rows = data.read_pairs(files, prompt_column=flags.prompt_column, progress=show)
@@ -380,7 +380,7 @@ def load_pairs(flags, tokenizer, ranks):
     lengths = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "truncation_mode")}
     parts = [data.tokenize_pairs(rows, tokenizer, progress=show, **lengths) for _, rows in named]
     for (name, _), pairs in zip(named, parts):
-        ranks.say(f"{name}: {pairs.report}")
+        ranks.say(f"{name}\n  {pairs.report}")
     if flags.eval_data:
         return [parts[0], *parts] if alone else parts
     pairs, count = parts[0], flags.eval_pairs
