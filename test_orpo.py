@@ -2357,7 +2357,7 @@ def test_sample_a_huge_limit_takes_no_memory(model, monkeypatch):
 FLAGS = {  # the line names the first word
     train: """--beta; --beta -0.1; --beta nan; --batch_size many; --batch_size 0; --max_steps 1.5; --seed -1;
         --seed 99999999999999999999; --lr_scheduler_type step; --learning_rate 0; --num_train_epochs 1e308;
-        --save_steps -2; --adam_beta2 1; --weight_decay inf; data.jsonl; --resume --overwrite_output_dir;
+        --save_steps -2; --adam_beta2 1; --weight_decay inf; data.jsonl; --resume --overwrite_output_dir; --resume;
         --max_prompt_length 99 --max_length 99; --eval_data x --eval_pairs 5 --model m --data d""",
     sample: """--promt x; --temperature nan; --top_p 0; --seed -1; --max_new_tokens 0; --output x;
         --prompts y --prompt x"""}

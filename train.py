@@ -139,7 +139,9 @@ def parse(arguments):
         (prompt and prompt >= flags.max_length, f"--max_prompt_length {prompt}: must be below --max_length"),
         (resumed and flags.overwrite_output_dir, "--resume and --overwrite_output_dir contradict each other"),
         (flags.eval_pairs and flags.eval_data, "--eval_pairs and --eval_data: give one of the two"),
-        (not flags.output_dir, "--output_dir is empty; name a directory"), kind=FlagError)
+        (not flags.output_dir, "--output_dir is empty; name a directory"),
+        (flags.resume == "yes" and not checkpoints(flags.output_dir),
+         f"--resume: --output_dir {flags.output_dir} has no checkpoint"), kind=FlagError)
     return flags, given
 
 
