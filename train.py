@@ -606,7 +606,7 @@ def evaluate(run, step, epoch):
         for prompt, answer in answers_to(run, pairs, run.flags.generate_during_eval, 128):
             asked, text = run.tokenizer.decode(prompt), text_after(prompt, answer, run.tokenizer)
             run.record("samples.jsonl", {"step": step, "prompt": asked, "answer": text})
-            run.ranks.say(f"  {asked[-30:]!r:.34} -> {text!r:.60}")
+            run.ranks.say(f"  {asked[-30:]!r:.44} -> {text!r:.50}")
 
 
 def answers_to(run, pairs, count, max_new_tokens):
