@@ -227,7 +227,7 @@ UNSAFE = (r"torch\.(load|save)\b|import pickle|pickle\.|joblib|marshal|shelve|ob
 
 
 def test_readme_flags_and_linked_files_exist_and_the_top_holds_no_others():
-    known = set("--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --model_args --tasks".split())  # others'
+    known = {f"--{name}" for name in "nproc_per_node nnodes rdzv_backend rdzv_endpoint model_args tasks".split()}
     known |= set(re.findall(r'"(--\w+)"', (HERE / "assets/figures.py").read_text(encoding="utf-8")))
     for program in ("train.py", "sample.py"):
         done = subprocess.run([sys.executable, HERE / program, "--help"], capture_output=True, text=True)
@@ -1482,7 +1482,8 @@ def test_model_config_fuzz(tmp_path):
     numbers = st.booleans() | st.integers(-2, 9) | st.integers(-10**400, 10**400) | st.floats()
     scalars = st.none() | numbers | words | st.text()
     rope = st.dictionaries(st.sampled_from(["type", "partial_rotary_factor", "rope_theta", *SLOWED]), scalars)
-    changes = st.dictionaries(st.sampled_from(names), scalars | st.lists(scalars, max_size=3) | rope, max_size=4)
+    values = scalars | st.lists(scalars, max_size=3) | rope
+    changes = st.dictionaries(st.sampled_from(names), values, max_size=4)
 
     @hypothesis.settings(settings, max_examples=500)
     @hypothesis.given(st.sampled_from(list(CHECKPOINTS)), changes)
@@ -1709,7 +1710,8 @@ def test_train_warns_of_much_that_is_cut_and_of_a_short_model(tmp_path, capsys):
     short = make_model(tmp_path / "model", SHAPE | dict(max_position_embeddings=3))
     run(tmp_path / "out", model=short, data=file, dry_run=True, max_length=4)
     printed = capsys.readouterr().out
-    assert "20 cut, 0 dropped\n  most are cut" in printed and "note: sequences of 4 tokens, for 3 of" in printed
+    assert "20 cut, 0 dropped\n  most are cut" in printed
+    assert "note: sequences of 4 tokens, for 3 of" in printed
 
 
 def test_train_save_dtype_and_samples(flags, tmp_path):
@@ -2079,7 +2081,8 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
 
     begun, told = {}, []
     log = lambda metrics, step: told.append((step, *metrics))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **more: begun.update(more), log=log))
+    wandb = SimpleNamespace(init=lambda **more: begun.update(more), log=log)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(tmp_path, flags, max_steps=1, report_to="wandb", run_name="first")
     assert (begun["project"], begun["name"]) == ("mine", "first")
@@ -2089,7 +2092,8 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, text, line", [
     ("torch._inductor.exc", "g++ not found", "--compile needs a C.. compiler"),
-    ("builtins", "Connection closed by peer (gloo)", "another rank"), ("builtins", "a mistake of ours", "^$")])
+    ("builtins", "Connection closed by peer (gloo)", "another rank"),
+    ("builtins", "a mistake of ours", "^$")])
 def test_train_explains_what_is_not_its_fault(kind, text, line):
     assert re.match(line, train.explain(type("Error", (RuntimeError,), {"__module__": kind})(text)))
 
@@ -2357,7 +2361,8 @@ def test_sample_a_huge_limit_takes_no_memory(model, monkeypatch):
 FLAGS = {  # the line names the first word
     train: """--beta; --beta -0.1; --beta nan; --batch_size many; --batch_size 0; --max_steps 1.5; --seed -1;
         --seed 99999999999999999999; --lr_scheduler_type step; --learning_rate 0; --num_train_epochs 1e308;
-        --save_steps -2; --adam_beta2 1; --weight_decay inf; data.jsonl; --resume --overwrite_output_dir; --resume;
+        --save_steps -2; --adam_beta2 1; --weight_decay inf; data.jsonl; --resume;
+        --resume --overwrite_output_dir;
         --max_prompt_length 99 --max_length 99; --eval_data x --eval_pairs 5 --model m --data d""",
     sample: """--promt x; --temperature nan; --top_p 0; --seed -1; --max_new_tokens 0; --output x;
         --prompts y --prompt x"""}
@@ -2437,7 +2442,7 @@ def test_train_says_which_files_and_form_it_reads(flags, tmp_path, capsys):
     for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl"):
         put(tmp_path / "set" / name, rows)
     run(tmp_path / "out", flags, data=tmp_path / "set", dry_run=True)
-    said = "set['set/train-1.jsonl', 'set/train-2.jsonl']: messages with the prompt in question\n  8 rows read"
+    said = "['set/train-1.jsonl', 'set/train-2.jsonl']: messages with the prompt in question\n  8 rows read"
     assert said in capsys.readouterr().out
 
 
