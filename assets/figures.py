@@ -129,7 +129,7 @@ class InOrder(ORPOTrainer):
         return SequentialSampler(self.train_dataset)
 tokenizer = AutoTokenizer.from_pretrained(model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-config = ORPOConfig(output_dir="unused", per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-5, max_length=1024, bf16=bool(bf16), gradient_checkpointing=False,
+config = ORPOConfig(output_dir=os.path.dirname(rows), per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-5, max_length=1024, bf16=bool(bf16), gradient_checkpointing=False,
                     report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available())
 InOrder(model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=config, processing_class=tokenizer, callbacks=[Clock()],
         train_dataset=Dataset.from_list([json.loads(line) for line in open(rows)])).train()
