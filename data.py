@@ -342,7 +342,7 @@ class Tokenizer:
                 backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         else:
             with where(directory, "no tokenizer.json, and no usable vocab.json with merges.txt"):
-                backend = _bpe_from_files(directory, settings, model)
+                backend = _bpe_from_files(files, settings, model)
         with where(directory, "the tokenizer's settings"):
             adds_bos = settings.get("add_bos_token")
             refuse((not isinstance(adds_bos, bool | None), f"add_bos_token: {adds_bos!r} is no truth value"))
@@ -439,10 +439,11 @@ def _byte_level(model):
     return backend
 
 
-def _bpe_from_files(directory, settings, model):
+def _bpe_from_files(files, settings, model):
     """A tokenizer of the GPT-2, OPT or Qwen kind from vocab.json + merges.txt, as old repositories have."""
-    paths = [os.path.join(directory, name) for name in ("vocab.json", "merges.txt")]
-    backend = _byte_level(tokenizers.models.BPE.from_file(*paths))
+    lines = files["merges.txt"].decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = _byte_level(tokenizers.models.BPE(parse_json(files["vocab.json"]), merges))
     if "qwen" in str(settings.get("tokenizer_class", model.get("model_type"))).lower():
         backend.normalizer = tokenizers.normalizers.NFC()
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")

@@ -227,7 +227,8 @@ UNSAFE = (r"torch\.(load|save)\b|import pickle|pickle\.|joblib|marshal|shelve|ob
 
 
 def test_readme_flags_and_linked_files_exist_and_the_top_holds_no_others():
-    known = {f"--{name}" for name in "nproc_per_node nnodes rdzv_backend rdzv_endpoint model_args tasks".split()}
+    others = "nproc_per_node nnodes rdzv_backend rdzv_endpoint model_args tasks"
+    known = {f"--{name}" for name in others.split()}
     known |= set(re.findall(r'"(--\w+)"', (HERE / "assets/figures.py").read_text(encoding="utf-8")))
     for program in ("train.py", "sample.py"):
         done = subprocess.run([sys.executable, HERE / program, "--help"], capture_output=True, text=True)
@@ -310,6 +311,13 @@ def test_data_tokenizer_of_opt_is_read(tmp_path):
     tok = Tokenizer.from_pretrained(tmp_path)
     assert (tok.eos_id, tok.bos_id, tok.adds_bos) == (50256, 50256, True)
     assert tok.encode("".join(TEXTS)) == data_real_tokenizer("tokenizers/gpt2").encode("".join(TEXTS))
+
+
+def test_data_merges_with_blank_lines_are_read(tmp_path):
+    """Which the tokenizers library's own reader refuses."""
+    put(tmp_path / "vocab.json", {"a": 0, "b": 1, "ab": 2})
+    put(tmp_path / "merges.txt", "#version: 0.2\n\na b\n\n")
+    assert Tokenizer.from_pretrained(tmp_path).encode("abab") == [2, 2]
 
 
 def test_data_bos_of_a_post_processor_is_not_switched_off_by_add_bos_token(tmp_path):
