@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -46,11 +47,11 @@ class Batch:
     """One pack of N pairs, T positions, as torch tensors. Position t reads inputs[t] and predicts targets[t].
 
     inputs, targets, positions (T,).   owner (T,): 3 * pair + (0 prefix, 1 chosen branch, 2 rejected branch).
-    spans (N, 3), always on the CPU: lengths of prefix, chosen and rejected branch.
-    counts (N, 3): their scored targets.   scored (S,): positions whose target counts; None: all.  All int64.
+    counts (N, 3): scored targets of each part.   scored (S,): positions whose target counts; None: all.
     Attention goes by segments of queries, two a pair (prefix + chosen branch; rejected branch), each causal
     and aligned at the end of its keys. Segment s has the queries cu_q[s]:cu_q[s+1] and the keys
-    kv_index[cu_k[s]:cu_k[s+1]]; cu_q, cu_k (2N + 1,) int32; max_q, max_k: the longest.
+    kv_index[cu_k[s]:cu_k[s+1]].   cu_q, cu_k (2N + 1,) int32, all else int64.   queries, keys: the lengths
+    of the segments, on the host; max_q, max_k: the longest.
     share: 1, or 0 for a pack that only keeps a rank in step with the others.
     """
 
@@ -58,12 +59,13 @@ class Batch:
     targets: torch.Tensor
     positions: torch.Tensor
     owner: torch.Tensor
-    spans: torch.Tensor
     counts: torch.Tensor
     scored: torch.Tensor | None
     cu_q: torch.Tensor
     cu_k: torch.Tensor
     kv_index: torch.Tensor
+    queries: list
+    keys: list
     max_q: int
     max_k: int
     share: float = 1.0
@@ -74,12 +76,13 @@ class Batch:
             return self
         moved = {name: tensor.pin_memory().to(device, non_blocking=True)
                  for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
-        return replace(self, **moved | {"spans": self.spans})
+        return replace(self, **moved)
 
 
 def pack(pairs, *, prompt_loss=True):
     """(prompt, chosen, rejected) ids of N pairs -> Batch. Without prompt_loss prompts are not scored."""
-    inputs, targets, positions, owner, keys, spans, start = [], [], [], [], [], [], 0
+    inputs, targets, positions, owner, kv_index, start = [], [], [], [], [], 0
+    counts, queries, keys = [], [], []  # of scored targets, a row a pair; lengths, two a pair
     for n, (prompt, chosen, rejected) in enumerate(pairs):
         p, c, r = len(prompt) - 1, len(chosen), len(rejected)
         inputs += [prompt[:-1], prompt[-1:], chosen[:-1], prompt[-1:], rejected[:-1]]
@@ -87,20 +90,17 @@ def pack(pairs, *, prompt_loss=True):
         positions += [np.arange(p), p + np.arange(c), p + np.arange(r)]
         owner.append(np.repeat([3 * n, 3 * n + 1, 3 * n + 2], [p, c, r]))
         here = start + np.arange(p + c + r)
-        keys += [here[: p + c], here[:p], here[p + c :]]  # prefix, chosen; prefix, rejected
-        spans.append([p, c, r])
+        kv_index += [here[: p + c], here[:p], here[p + c :]]  # prefix, chosen; prefix, rejected
+        counts.append([p * prompt_loss, c, r])
+        queries += [p + c, r]
+        keys += [p + c, p + r]
         start += p + c + r
-    inputs, targets, positions, owner, keys = (torch.from_numpy(np.concatenate(parts).astype(np.int64))
-                                               for parts in (inputs, targets, positions, owner, keys))
-    spans = torch.tensor(spans)
-    prefix, chosen, rejected = spans.unbind(1)
-    queries = torch.stack([prefix + chosen, rejected], 1).flatten()  # (2N,) lengths of the segments' queries
-    key_counts = torch.stack([prefix + chosen, prefix + rejected], 1).flatten()  # and of their keys
-    cu_q, cu_k = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in (queries, key_counts))
-    counts = spans * torch.tensor([int(prompt_loss), 1, 1])
+    inputs, targets, positions, owner, kv_index = (torch.from_numpy(np.concatenate(parts).astype(np.int64))
+                                                   for parts in (inputs, targets, positions, owner, kv_index))
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in (queries, keys))
     scored = None if prompt_loss else (owner % 3 != 0).nonzero()[:, 0]
-    return Batch(inputs, targets, positions, owner, spans, counts, scored, cu_q, cu_k, keys,
-                 int(queries.max()), int(key_counts.max()))
+    return Batch(inputs, targets, positions, owner, torch.tensor(counts), scored, cu_q, cu_k, kv_index,
+                 queries, keys, max(queries), max(keys))
 
 
 def deal(lengths, max_tokens, ranks=1):
@@ -287,8 +287,9 @@ def describe(pairs, tokenizer, prompt_loss):
         lines.append(f"\nrow {pairs.rows[pair]}")
         for (name, losses), ids in zip(scored.items(), pairs[pair]):
             lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}")
-            pieces = "|".join(repr(text)[1:-1] for text in tokenizer.pieces(ids.tolist()))
-            lines.append("    " + pieces + " <- EOS" * bool(ids[-1] == tokenizer.eos_id))
+            pieces = (tokenizer.decode(ids[i : i + 1], after=ids[max(0, i - 3) : i]) for i in range(len(ids)))
+            shown = "|".join(repr(piece)[1:-1] for piece in pieces)
+            lines.append("    " + shown + " <- EOS" * bool(ids[-1] == tokenizer.eos_id))
     lengths = np.diff(pairs.ends, prepend=0).reshape(-1, 3)
     summary = "\nmean tokens: prompt {:.0f}, chosen {:.0f}, rejected {:.0f}; longest {}, {}, {}"
     return "\n".join([*lines, summary.format(*lengths.mean(0), *lengths.max(0))])
@@ -368,18 +369,16 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """texts -> lists of ids, computed on all cores."""
+        texts = [text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
         with where("the tokenizer cannot encode a text"):  # it may have no token for unknown words
-            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids):
-        """ids -> text, special tokens included."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
-
-    def pieces(self, ids):
-        """The text that each id adds to those before it; decoded alone, it could lose its space."""
-        before = [self.decode(ids[max(0, i - 3) : i]) for i in range(len(ids))]
-        return [self.decode(ids[max(0, i - 3) : i + 1])[len(text) :] for i, text in enumerate(before)]
+    def decode(self, ids, after=()):
+        """ids -> text, special tokens included: what they add to the text of those that they stand `after`.
+        Decoded alone, they could lose the space before their first word."""
+        before, whole = (self.backend.decode(list(part), False) for part in (after, [*after, *ids]))
+        return whole[len(before) :]
 
     def apply_chat_template(self, messages, add_generation_prompt=False, **options):
         """messages -> text, as transformers renders it; options: more names for the template. Raises
@@ -563,12 +562,9 @@ def _raw_rows(path):
             for number, row in enumerate(json.loads(file.read()), 1):
                 yield f"row {number}", row
             return
-        for number in itertools.count(1):
-            with where(f"line {number}"):  # each by itself: what cannot be decoded is in this line
-                line = file.readline()
-                if not line:
-                    return
-                if line.strip():
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with where(f"line {number}"):
                     yield f"line {number}", json.loads(line)
 
 
@@ -587,7 +583,6 @@ def _parquet_rows(path):
 def _explicit(raw, prompt_column):
     """A decoded object in any of the supported forms -> Row."""
     refuse((not isinstance(raw, dict), f"a JSON object is expected, not a {type(raw).__name__}"))
-    raw = _clean(raw)
     column = next((name for name in (prompt_column, *PROMPTS) if raw.get(name) is not None), None)
     prompt, chosen, rejected, extra, system = (
         _value(raw.get(name)) for name in (column, "chosen", "rejected", "input", "system"))
@@ -649,13 +644,6 @@ def kind_of(value):
     return {str: "strings", type(None): "nothing"}.get(type(value))
 
 
-def _clean(value):
-    """The value with text a tokenizer can take: lone surrogates in all that it holds become U+FFFD."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    clean = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    return value if clean == text else json.loads(clean)
-
-
 def _shared_turns(prompt, chosen, rejected):
     """Whole conversations -> prompt, chosen, rejected turns: the prompt is the run of turns they share (by
     role and content), and a prompt given as text has to be in it; without a user's turn in it, that text
@@ -672,7 +660,8 @@ def _shared_turns(prompt, chosen, rejected):
 def _shared_text(chosen, rejected):
     """Whole texts -> prompt, chosen, rejected: the prompt ends with the last shared "\\n\\nAssistant:" after
     which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word boundary that both have."""
-    prompt = os.path.commonprefix([chosen, rejected])
+    lengths = range(min(len(chosen), len(rejected)))
+    prompt = chosen[: bisect_left(lengths, True, key=lambda n: chosen[: n + 1] != rejected[: n + 1])]
     shared = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", prompt) or re.match(r"(?s)(.*\s)?", prompt)
     end = len(shared[0].removesuffix(" "))  # that space is part of the next word
     return chosen[:end], chosen[end:], rejected[end:]

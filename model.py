@@ -10,11 +10,9 @@ Notation:  T positions in a pack, B sequences, C hidden size, D head_dim, E expe
 Parameters carry Hugging Face's Llama names. A family differs from Llama by a row of FAMILIES and of RENAMES.
 """
 import inspect
-import math
 import os
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -55,22 +53,19 @@ def without_autocast(x):
 # 0.011) for 4 bytes less a channel, token and layer, of some 60.
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        with without_autocast(x):
-            y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return y.to(compute_dtype(y))
+        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return y.to(compute_dtype(x))
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        with without_autocast(x):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        return y.to(compute_dtype(y))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(compute_dtype(x))
 
 
 def make_norm(config, size, wanted=True):
     kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(size, eps=config.norm_eps) if wanted else nn.Identity()
+    return kind(size, eps=config.norm_eps) if wanted else None
 
 
 class Linear(nn.Linear):
@@ -114,7 +109,7 @@ def rotate(x, cos, sin):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Attention: one softmax, three layouts. Each has attend(module, q, k, v): q (..., T, heads, D) -> the same.
+# Attention: one softmax, three layouts, called with the module and q, k, v: q (..., T, heads, D) -> the same.
 
 
 def causal_attention(q, k, v, window=None, positions=None):
@@ -134,11 +129,9 @@ def causal_attention(q, k, v, window=None, positions=None):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
-class Causal:
+def plain(module, q, k, v):
     """Plain causal attention over (B, T, ...), of `logits`."""
-
-    def attend(self, module, q, k, v):
-        return causal_attention(q, k, v, module.window)
+    return causal_attention(q, k, v, module.window)
 
 
 class Packed:
@@ -147,11 +140,8 @@ class Packed:
 
     def __init__(self, batch, flash):
         self.batch, self.flash = batch, flash
-        prefix, chosen, rejected = batch.spans.unbind(1)  # lengths from the CPU: asking the device would wait
-        lengths = (prefix + chosen, rejected), (prefix + chosen, prefix + rejected)  # of queries, of keys
-        self.queries, self.keys = (torch.stack(two, 1).flatten().tolist() for two in lengths)
 
-    def attend(self, module, q, k, v):
+    def __call__(self, module, q, k, v):
         b = self.batch
         k, v = k.index_select(0, b.kv_index), v.index_select(0, b.kv_index)
         if not self.flash:
@@ -161,7 +151,8 @@ class Packed:
 
     @torch.compiler.disable  # what depends on the pack's lengths stays outside of the graph
     def loop(self, window, q, k, v):
-        segments = zip(q.split(self.queries, 1), k.split(self.keys, 1), v.split(self.keys, 1))
+        queries, keys = self.batch.queries, self.batch.keys
+        segments = zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
         return torch.cat([causal_attention(*segment, window) for segment in segments], 1)[0]
 
 
@@ -170,24 +161,24 @@ class Cache:
     where that row ends, over the padding left there; nobody looks past his own position."""
 
     def __init__(self):
-        self.kept = {}  # Attention -> its keys and values, (2, B, room, kv heads, D)
+        self.kept = {}  # Attention -> its keys and its values, (B, room, kv heads, D)
 
     def at(self, positions, used):
         """Where the next tokens stand: positions (B, T); `used`: the longest row's length with them."""
-        self.positions, self.used = positions, used
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.used, self.positions = used, positions
+        self.place = torch.arange(len(positions), device=positions.device)[:, None], positions
+        if len(positions) == 1:  # one sequence ends where its keys do: it needs no mask
+            self.positions, self.place = None, (0, slice(used - positions.shape[1], used))
         return self
 
-    def attend(self, module, q, k, v):
-        new = torch.stack([k, v])
-        kept = self.kept.get(module, new[:, :, :0])
-        if kept.shape[2] < self.used:
-            room = 2 * self.used + 64
-            kept = self.kept[module] = F.pad(kept, (0, 0, 0, 0, 0, room - kept.shape[2]))
-        kept[:, self.rows, self.positions] = new
-        keys, values = kept[:, :, : self.used]
-        positions = self.positions if len(q) > 1 else None  # one sequence ends where its keys do: no mask
-        return causal_attention(q, keys, values, module.window, positions)
+    def __call__(self, module, q, k, v):
+        keys, values = self.kept.get(module, (k[:, :0], v[:, :0]))
+        if keys.shape[1] < self.used:
+            more = (0, 0, 0, 0, 0, 2 * self.used + 64 - keys.shape[1])
+            keys, values = self.kept[module] = F.pad(keys, more), F.pad(values, more)
+        keys[self.place], values[self.place] = k, v
+        keys, values = keys[:, : self.used], values[:, : self.used]
+        return causal_attention(q, keys, values, module.window, self.positions)
 
 
 class Attention(nn.Module):
@@ -205,10 +196,11 @@ class Attention(nn.Module):
     def forward(self, x, rotary, layout):
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)  # (..., T, heads, D), and (..., T, kv heads, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # (..., T, heads, D), and (..., T, kv heads, D)
         if self.rotated:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self.o_proj(layout.attend(self, q, k, v).flatten(-2))
+        return self.o_proj(layout(self, q, k, v).flatten(-2))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -372,7 +364,7 @@ class Transformer(nn.Module):
         m.project_in = nn.Linear(narrow, C, bias=False) if narrow != C else nn.Identity()
         m.project_out = nn.Linear(C, narrow, bias=False) if narrow != C else nn.Identity()
         m.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        m.norm = make_norm(config, C, config.norm_first and not config.no_final_norm)
+        m.norm = make_norm(config, C, config.norm_first and not config.no_final_norm) or nn.Identity()
         self.lm_head = nn.Linear(narrow, vocabulary, bias=config.head_bias)
         self.tie()
 
@@ -444,7 +436,7 @@ class Transformer(nn.Module):
     def logits(self, tokens):
         """(B, T) ids -> (B, T, vocab) fp32 logits, plain causal: for teaching and for parity tests."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.lm_head(self.hidden(tokens, positions, Causal())[0]).float()
+        return self.lm_head(self.hidden(tokens, positions, plain)[0]).float()
 
     def next_logits(self, tokens, positions, cache, used, last=None):
         """Generation: tokens, positions (B, T) continue the cached sequences, the longest of which then has
@@ -495,27 +487,28 @@ class Transformer(nn.Module):
         frozen_dtype: of those that are not trained."""
         directory, parts = fetch(*self.source, WEIGHT_FILES), self.file_parts()
         outline = {name: torch.empty(p.shape, device="meta") for name, p in self.named_parameters()}
+        wanted = self.in_files(outline, "meta", torch.float32)
         with where(directory):
             stored = self.known_names(find_tensors(directory, "model"))
             missing, unexpected = sorted(parts.keys() - stored), sorted(stored.keys() - parts)
             what = f"missing tensors: {missing[:5]}, unexpected: {unexpected[:5]} (the first five)"
             refuse((missing or unexpected, f"the weights do not fit config.json; {what}"))
-            for name, tensor in self.in_files(outline, "meta", torch.float32).items():
-                stored[name].check(list(tensor.shape))
+        for name, tensor in wanted.items():
+            read_tensor(*stored[name], tensor.shape, values=False)
         for parameter in self.parameters():
             if not parameter.requires_grad and frozen_dtype != torch.float32:
                 parameter.data = parameter.data.to(frozen_dtype)
         self.to_empty(device=device)  # memory that is not touched yet, and so not taken yet
         self.tie()
-        parameters = dict(self.named_parameters())
+        parameters, dtypes = dict(self.named_parameters()), set()
         # Largest first: no more of the files is held than one tensor, and at the end that is a small one.
-        for name in sorted(parts, key=lambda name: -math.prod(stored[name].shape)):
+        for name in sorted(parts, key=lambda name: -wanted[name].numel()):
+            tensor = read_tensor(*stored[name], wanted[name].shape)
             rows = [len(outline[ours][index]) for ours, index in parts[name]]
-            pieces = self.turned(stored[name].read(), name).split(rows)
-            for (ours, index), piece in zip(parts[name], pieces):
+            for (ours, index), piece in zip(parts[name], self.turned(tensor, name).split(rows)):
                 assign(parameters[ours], piece, index)
-        dtype, *others = {entry.dtype for entry in stored.values()}
-        self.file_dtype = torch.float32 if others else FILE_DTYPES[dtype]
+            dtypes.add(tensor.dtype)
+        self.file_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         return self
 
     @torch.no_grad()
@@ -590,14 +583,14 @@ class Transformer(nn.Module):
     def known_names(self, stored):
         """The tensors that count, under their full names: hub files may lack a prefix, or hold either half
         of a tied head."""
-        embedding = next(iter(self.file_parts()))
+        embedding = self.file_name("model.embed_tokens.weight")
         prefix = embedding.partition(".")[0] + "."  # model. or transformer.
         full = {name: entry for name, entry in stored.items() if not BUFFERS.search(name)}
         if not any(name.startswith(prefix) for name in full):
             full = {name if name.startswith("lm_head") else prefix + name: full[name] for name in full}
         if self.config.tie_word_embeddings and "lm_head.weight" in full:
-            head = full.pop("lm_head.weight")
-            differ = not torch.equal(full.setdefault(embedding, head).read(), head.read())
+            two = full.setdefault(embedding, full["lm_head.weight"]), full.pop("lm_head.weight")
+            differ = not torch.equal(*(read_tensor(*entry, self.lm_head.weight.shape) for entry in two))
             refuse((differ, f"lm_head.weight and {embedding} differ, but tie_word_embeddings is true"))
         return full
 
@@ -609,16 +602,14 @@ def whole(tensor):
 
 def assign(tensor, value, index=...):
     """tensor[index] <- value. Of a tensor sharded over ranks (by rows, as FSDP does) each takes its part."""
+    start, value = (0, torch.atleast_1d(value)) if index is ... else (index, value[None])
+    first, tensor = 0, torch.atleast_1d(tensor)
     if hasattr(tensor, "to_local"):
         first = -(-len(tensor) // tensor.device_mesh.size()) * tensor.device_mesh.get_local_rank()
         tensor = tensor.to_local()
-        if index is ...:
-            value = value[first : first + len(tensor)]
-        elif not first <= index < first + len(tensor):
-            return
-        else:
-            index -= first
-    tensor[index].copy_(value)
+    low, high = max(start, first), min(start + len(value), first + len(tensor))
+    if low < high:
+        tensor[low - first : high - first].copy_(value[low - start : high - start])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -771,32 +762,13 @@ def _moe_layers(c, row):
 
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 SHARD_BYTES = 5 * 10**9  # larger files are split, with an index
-FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILE_DTYPES = "F64", "F32", "F16", "BF16"
 NO_WEIGHTS = ("no {}; pickled weights (.bin), which can run code when loaded, are refused: convert them with "
               "transformers, or take the hub's conversion, often a pull request: --revision refs/pr/N")
 
 
-@dataclass
-class StoredTensor:
-    """A tensor in a file, not read yet."""
-
-    path: str
-    name: str
-    shape: list
-    dtype: str
-
-    def read(self):
-        with where(self.path, f"tensor {self.name}"), safe_open(self.path, "pt") as file:  # its own mapping
-            return file.get_tensor(self.name)
-
-    def check(self, shape):
-        if self.shape != shape or self.dtype not in FILE_DTYPES:
-            reason = f"is {self.shape} of {self.dtype}; a {shape} of {', '.join(FILE_DTYPES)} is needed"
-            raise UserError(reason, self.path, f"tensor {self.name}")
-
-
 def find_tensors(directory, stem):
-    """{name: StoredTensor} of STEM.safetensors, or of the shards that STEM.safetensors.index.json names."""
+    """{name: (file, name)} of STEM.safetensors, or of the shards that STEM.safetensors.index.json names."""
     alone, index = f"{stem}.safetensors", os.path.join(directory, f"{stem}.safetensors.index.json")
     names, exists = [alone], os.path.exists(os.path.join(directory, alone))
     if os.path.exists(index):
@@ -811,10 +783,18 @@ def find_tensors(directory, stem):
     found = {}
     for path in (os.path.join(directory, name) for name in names):
         with where(path, "not readable; fetch or copy it again"), safe_open(path, "pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                found[name] = StoredTensor(path, name, part.get_shape(), part.get_dtype())
+            found |= {name: (path, name) for name in file.keys()}
     return found
+
+
+def read_tensor(path, name, shape, values=True):
+    """A tensor of a file, which has to have this shape; without `values` it is only checked."""
+    with where(path, f"tensor {name}"), safe_open(path, "pt") as file:  # its own mapping, given up with it
+        part = file.get_slice(name)
+        found, dtype = part.get_shape(), part.get_dtype()
+        refuse((found != [*shape] or dtype not in FILE_DTYPES,
+                f"is {found} of {dtype}; a {[*shape]} of {', '.join(FILE_DTYPES)} is needed"))
+        return file.get_tensor(name) if values else None
 
 
 def write_tensors(directory, stem, tensors):

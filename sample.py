@@ -110,12 +110,6 @@ def prompt_ids(prompt, tokenizer, history=()):
     return [tokenizer.bos_id] * (tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]) + ids
 
 
-def text_after(ids, new, tokenizer):
-    """The text that the ids `new` add to a prompt's ids: decoded alone, they could lose the space before
-    their first word."""
-    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
-
-
 def answer(model, tokenizer, ids, options):
     """Generate from one prompt, printing as it goes; Ctrl-C ends it. Returns the text. Tokens a second go to
     stderr."""
@@ -123,7 +117,7 @@ def answer(model, tokenizer, ids, options):
     try:
         for (token,) in generate(model, [ids], **options):
             tokens.append(token)
-            text = text_after(tokens[max(0, shown - 8) : shown], tokens[shown:], tokenizer)
+            text = tokenizer.decode(tokens[shown:], after=tokens[max(0, shown - 8) : shown])
             if not text.endswith("\ufffd"):  # else inside of a character: the next token may complete it
                 print(text, end="", flush=True)
                 shown, text = len(tokens), ""
@@ -132,7 +126,7 @@ def answer(model, tokenizer, ids, options):
     print(text, flush=True)
     new, seconds = tokens[len(ids) :], time.perf_counter() - start
     print(f"[{len(new)} tokens, {len(new) / seconds:.0f} tokens/s]", file=sys.stderr)
-    return text_after(ids, new, tokenizer)
+    return tokenizer.decode(new, after=ids)
 
 
 def read_prompts(path):
@@ -160,12 +154,12 @@ def answer_file(model, tokenizer, prompts, opening, flags, options):
             check_prompts(model, ids[-1:])
     with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
-        file = open(flags.output, "w", buffering=1, encoding="utf-8") if flags.output else sys.stdout
+        file = open(flags.output, "w", 1, "utf-8", "replace") if flags.output else sys.stdout
     for first in tqdm(range(0, len(ids), flags.batch_size), desc="answering", unit=" batches", disable=None):
         batch = ids[first : first + flags.batch_size]
         answers = continuations(model, batch, **options)
         for (_, name, prompt), asked, new in zip(prompts[first:], batch, answers):
-            text = text_after(asked, new, tokenizer)
+            text = tokenizer.decode(new, after=asked)
             said = {"output": text, "generator": flags.model} if name == "instruction" else {"answer": text}
             file.write(json.dumps({name: prompt} | said, ensure_ascii=False) + "\n")
 

@@ -23,7 +23,6 @@ import signal
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -42,9 +41,9 @@ from tqdm import tqdm
 
 import data
 from data import FlagError, UserError, checked_flags, parse_flags, read_json, refuse, where, write_json
-from model import Config, Transformer, assign, find_tensors, whole, write_tensors
+from model import Config, Transformer, assign, find_tensors, read_tensor, whole, write_tensors
 from orpo import METRICS, orpo_loss
-from sample import continuations, text_after
+from sample import continuations
 
 # -----------------------------------------------------------------------------------------------------------
 # Flags. Names are TRL's and transformers' where they have one.
@@ -510,11 +509,8 @@ class Run:
         spans, prompt_loss = pairs.spans()[indices].sum(0), self.flags.prompt_loss
         batches = data.make_packs(pairs, indices, self.flags.max_tokens, rank=self.ranks.rank,
                                   ranks=self.ranks.count, prompt_loss=prompt_loss)
-        return batches, (int(spans[1] + spans[0] * prompt_loss), len(indices))
-
-    def packs_of_step(self, step):
-        indices, epoch = data.step_indices(len(self.pairs), self.flags.batch_size, self.flags.seed, step - 1)
-        return indices, epoch, *self.packs(self.pairs, indices)
+        counts = int(spans[1] + spans[0] * prompt_loss), len(indices)
+        return [batch.to(self.ranks.device) for batch in batches], counts
 
     def gather(self, tensors):
         """{name: tensor}, whole and on the CPU, on the first rank; of a sharded model all give their part."""
@@ -594,7 +590,6 @@ def evaluate(run, step, epoch):
     """Log the metrics of the held-out pairs, and, if asked for, answers to their first prompts."""
     for number, pairs in enumerate(run.held_out):
         batches, counts = run.packs(pairs, np.arange(len(pairs)))
-        batches = [batch.to(run.ranks.device) for batch in batches]
         balance = balance_factors(run, batches)
         sums = sum(pack_loss(run, run.model, batch, counts, balance)[1] for batch in batches)
         result = {f"eval_{name}": value for name, value in zip(run.names, run.ranks.sum(sums).tolist())}
@@ -604,7 +599,7 @@ def evaluate(run, step, epoch):
         shown = ", ".join(f"{label} {value:.3f}" for label, value in in_short(result).items())
         run.ranks.say(f"eval {step} | {shown}" + "".join(f"\n    on {name}" for name in file.values()))
         for prompt, answer in answers_to(run, pairs, run.flags.generate_during_eval, 128):
-            asked, text = run.tokenizer.decode(prompt), text_after(prompt, answer, run.tokenizer)
+            asked, text = run.tokenizer.decode(prompt), run.tokenizer.decode(answer, after=prompt)
             run.record("samples.jsonl", {"step": step, "prompt": asked, "answer": text})
             run.ranks.say(f"  {asked[-30:]!r:.44} -> {text!r:.50}")
 
@@ -646,17 +641,14 @@ def log_line(run, step, epoch):
 def report_bad(run):
     """Say which steps since the last look had no finite gradient; BAD_STEPS of them in a row end the run.
     Here the host waits for the device."""
-    unseen, run.unseen = run.unseen, []
-    for step, indices, finite in unseen:
-        if finite:
-            run.in_a_row = 0
-            continue
-        run.in_a_row += 1
-        rows = run.pairs.rows[indices].tolist()
-        run.ranks.say(f"step {step}: the gradient is not finite, the weights stay as they are. Rows: {rows}")
-        kept = ", ".join(checkpoints(run.flags.output_dir).values()) or "none"
-        refuse((run.in_a_row >= min(BAD_STEPS, run.total), f"step {step}: {run.in_a_row} in a row; "
-                f"try a lower --learning_rate. Checkpoints: {kept}"))
+    for step, indices, finite in run.unseen:
+        run.in_a_row = 0 if finite else run.in_a_row + 1
+        if not finite:
+            rows = run.pairs.rows[indices].tolist()
+            run.ranks.say(f"step {step}: no finite gradient, the weights stay as they are; rows {rows}")
+    run.unseen, kept = [], ", ".join(checkpoints(run.flags.output_dir).values()) or "none"
+    refuse((run.in_a_row >= min(BAD_STEPS, run.total), f"step {step}: {run.in_a_row} such steps in a row; "
+            f"try a lower --learning_rate. Checkpoints: {kept}"))
 
 
 def reporter(flags, ranks):
@@ -729,8 +721,7 @@ def restore(checkpoint, run):
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             run.optimizer.state[parameter] = moments = {"step": torch.zeros((), device=device)} | moments
             for key, value in (moments | ({"adapter": parameter.data} if run.flags.lora_r else {})).items():
-                stored[f"{key}.{name}"].check(list(value.shape))
-                assign(value, stored[f"{key}.{name}"].read())
+                assign(value, read_tensor(*stored[f"{key}.{name}"], value.shape))
         run.ranks.say(f"going on after step {state['step']}")
         return int(state["step"])
 
@@ -827,16 +818,13 @@ def main(arguments):
             batch = data.pack([run.pairs[0]], prompt_loss=flags.prompt_loss).to(ranks.device)
             pack_loss(run, network, batch, (1, 1), balance_factors(run, [batch]))[0].backward()
             optimizer.zero_grad(set_to_none=False)
-        worker = ThreadPoolExecutor(1)  # packs the next step's pairs while this one is computed
-        upcoming = worker.submit(run.packs_of_step, start + 1)
         run.clock = time.perf_counter()
 
         # -- the loop
         steps, hidden = range(start + 1, run.total + 1), None if ranks.first else True  # None: no terminal
         for step in tqdm(steps, "training", run.total, initial=start, unit=" steps", disable=hidden):
-            indices, epoch, batches, counts = upcoming.result()
-            upcoming = worker.submit(run.packs_of_step, step + 1)
-            batches = [batch.to(ranks.device) for batch in batches]
+            indices, epoch = data.step_indices(len(run.pairs), flags.batch_size, flags.seed, step - 1)
+            batches, counts = run.packs(run.pairs, indices)
             balance = balance_factors(run, batches)
             sums = torch.zeros(len(run.names), dtype=torch.float64, device=ranks.device)
             for group in optimizer.param_groups:
