@@ -264,8 +264,8 @@ def tokenize_pairs(rows, tokenizer, *, progress=False, **lengths):
             counts["cut"] += cut
             kept.append(number)
             kept_parts += [np.array(part, np.int32) for part in parts]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    report = f"{len(rows)} rows read, {len(kept)} kept: {reasons}"
+    report = f"{len(rows)} rows read, {len(kept)} kept: "
+    report += ", ".join(f"{count} {reason}" for reason, count in counts.items())
     refuse((not kept, f"no pair is left to train on ({report})"))
     report += "\n  most are cut: is --max_length as meant?" * (2 * counts["cut"] > len(kept))
     if early:

@@ -80,11 +80,6 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         return y if self.lora_A is None else y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
-    def adapt(self, r, scale):
-        self.scale = scale
-        self.lora_A = nn.Parameter(self.weight.new_empty(r, self.in_features, dtype=torch.float32))
-        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, r, dtype=torch.float32))
-
 
 def rope_frequencies(rope, n, device):
     """(n / 2,) radians per position, fp32, n: rotary_dim. Not a buffer: casting a module would round it."""
@@ -387,20 +382,21 @@ class Transformer(nn.Module):
         # PEFT has one update for what is several layers here
         refuse((joined, f"--lora_r: {self.config.model_type} joins layers {joined[:1]}: not supported"))
         self.requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.adapt(r, alpha / r)
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                empty = partial(torch.empty, device=layer.weight.device, dtype=torch.float32)
+                layer.lora_A = nn.Parameter(empty(r, layer.in_features))
+                layer.lora_B = nn.Parameter(empty(layer.out_features, r))
+                layer.scale = alpha / r
 
     @torch.no_grad()
     def start_adapters(self, seed=0):
         """As PEFT: A uniform in +-1/sqrt(inputs), B zero, so that training starts from the model as it is."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if name.endswith("lora_A"):
-                limit = parameter.shape[1] ** -0.5
+            if "lora_" in name:
+                limit = parameter.shape[1] ** -0.5 * name.endswith("lora_A")
                 assign(parameter, torch.empty(parameter.shape).uniform_(-limit, limit, generator=generator))
-            elif name.endswith("lora_B"):
-                parameter.zero_()
 
     def hidden(self, tokens, positions, layout, weight=None):
         """tokens, positions (..., T) -> final hidden states (..., T, C), and the router's statistics summed
@@ -496,7 +492,7 @@ class Transformer(nn.Module):
         for name, tensor in wanted.items():
             read_tensor(*stored[name], tensor.shape, values=False)
         for parameter in self.parameters():
-            if not parameter.requires_grad and frozen_dtype != torch.float32:
+            if not parameter.requires_grad:
                 parameter.data = parameter.data.to(frozen_dtype)
         self.to_empty(device=device)  # memory that is not touched yet, and so not taken yet
         self.tie()
