@@ -1,9 +1,10 @@
-"""The README's pictures and tables, from runs of train.py.  Needs matplotlib; `speed` also needs trl, transformers, datasets, accelerate.
+"""The README's pictures and tables, from runs of train.py.  Needs matplotlib; `speed` also needs trl,
+transformers, datasets, accelerate.
 
-    python assets/figures.py demo --seeds 3                    # the demo with beta 0, 0.1, 0.5, 1.0: beta.svg, a table
-    python assets/figures.py real --model DIR --data FILE      # the same sweep on a pretrained model: beta_real.svg, a table
-    python assets/figures.py mask                              # the attention mask of two packed pairs: mask.svg
-    python assets/figures.py speed --model DIR --data FILE     # train.py and TRL's ORPOTrainer in turn: a table
+    python assets/figures.py demo --seeds 3                 # the demo with four betas: beta.svg, a table
+    python assets/figures.py real --model DIR --data FILE   # the same on a pretrained model: beta_real.svg
+    python assets/figures.py mask                           # the attention mask of two packed pairs: mask.svg
+    python assets/figures.py speed --model DIR --data FILE  # train.py and TRL's ORPOTrainer in turn: a table
 """
 import argparse
 import json
@@ -24,8 +25,10 @@ sys.path.insert(0, str(HERE.parent))
 BETAS = (0.0, 0.1, 0.5, 1.0)
 GREY, CHOSEN, REJECTED = "#808080", "#2a9d8f", "#e76f51"  # readable on white and on black
 matplotlib.use("svg")
-plt.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlecolor": GREY,
-                     "svg.fonttype": "none", "svg.hashsalt": "orpo", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10})
+PAINTED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor"
+plt.rcParams.update(dict.fromkeys(PAINTED, GREY))
+plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "orpo", "axes.spines.top": False,
+                     "axes.spines.right": False, "legend.frameon": False, "font.size": 10})
 
 
 def save(figure, name):
@@ -35,12 +38,15 @@ def save(figure, name):
 
 
 def train(*arguments):
-    """Run train.py in a fresh directory -> the evaluation and the other lines of its metrics.jsonl, and what it printed."""
+    """Run train.py in a fresh directory -> the evaluation and the other lines of its metrics.jsonl, and what
+    it printed."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, HERE.parent / "train.py", "--output_dir", out, "--overwrite_output_dir", "--save_steps", "0"]
-        done = subprocess.run([*map(str, command), *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
+        command = sys.executable, HERE.parent / "train.py", "--output_dir", out, "--save_steps", 0
+        words = [*map(str, command), *map(str, arguments)]
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "eval_loss" in line], [line for line in lines if "loss" in line], done.stdout
+    evaluations, steps = ([line for line in lines if key in line] for key in ("eval_loss", "loss"))
+    return evaluations, steps, done.stdout
 
 
 def span(values):
@@ -50,14 +56,17 @@ def span(values):
 
 
 def sweep(name, seeds, *arguments):
-    """The runs of each beta and seed: a table of their ends, and a picture of the mean and the range on the way."""
-    print("| beta | chosen, after | rejected, after | accuracy | right answers |\n| --- | --- | --- | --- | --- |")
+    """The runs of each beta and seed: a table of their ends, a picture of mean and range on the way."""
+    print("| beta | chosen, after | rejected, after | accuracy | right answers |")
+    print("| --- | --- | --- | --- | --- |")
     figure, axes = plt.subplots(1, len(BETAS), figsize=(9, 2.9), sharey=True)
     for ax, beta in zip(axes, BETAS):
         runs = [train("--beta", beta, "--seed", seed, *arguments) for seed in range(seeds)]
         ends = [evaluations[-1] for evaluations, _, _ in runs]
-        columns = [[end[f"eval_{key}"] for end in ends] for key in ("logps/chosen", "logps/rejected", "rewards/accuracies")]
-        right = [float(found[1]) for _, _, text in runs if (found := re.search(r"right greedy answers +([\d.]+)", text))]
+        keys = "logps/chosen", "logps/rejected", "rewards/accuracies"
+        columns = [[end[f"eval_{key}"] for end in ends] for key in keys]
+        found = [re.search(r"right greedy answers +([\d.]+)", text) for _, _, text in runs]
+        right = [float(match[1]) for match in found if match]
         cells = [span(columns[0]), span(columns[1]), span(columns[2]), span(right) if right else "-"]
         print(f"| {beta:g}{' (SFT)' * (beta == 0)} | {' | '.join(cells)} |", flush=True)
         for key, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
@@ -74,11 +83,12 @@ def sweep(name, seeds, *arguments):
 
 
 def demo(args):
-    sweep("beta.svg", args.seeds, "--eval_steps", 25)
+    sweep("beta.svg", args.seeds, "--eval_steps", 25, *args.rest)
 
 
 def real(args):
-    sweep("beta_real.svg", args.seeds, "--model", args.model, "--data", args.data, "--eval_steps", 20, *args.rest)
+    inputs = "--model", args.model, "--data", args.data
+    sweep("beta_real.svg", args.seeds, *inputs, "--eval_steps", 20, *args.rest)
 
 
 def mask(args):
@@ -105,7 +115,8 @@ def mask(args):
     ax.set(xlabel="key", ylabel="query", title="who sees whom", aspect="equal")
     ax.title.set_fontsize(9)
     names = {"prefix": "#457b9d", "chosen branch": CHOSEN, "rejected branch": REJECTED}
-    patches = [matplotlib.patches.Patch(color=colour, label=f"query in a {name}") for name, colour in names.items()]
+    patches = [matplotlib.patches.Patch(color=colour, label=f"query in a {name}")
+               for name, colour in names.items()]
     figure.legend(handles=patches, loc="lower center", ncols=3, fontsize=8, bbox_to_anchor=(0.5, -0.04))
     save(figure, "mask.svg")
 
@@ -129,11 +140,15 @@ class InOrder(ORPOTrainer):
         return SequentialSampler(self.train_dataset)
 tokenizer = AutoTokenizer.from_pretrained(model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-config = ORPOConfig(output_dir=os.path.dirname(rows), per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-5, max_length=1024, bf16=bool(bf16), gradient_checkpointing=False,
-                    report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available())
-InOrder(model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=config, processing_class=tokenizer, callbacks=[Clock()],
-        train_dataset=Dataset.from_list([json.loads(line) for line in open(rows)])).train()
-peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+config = ORPOConfig(output_dir=os.path.dirname(rows), per_device_train_batch_size=batch, max_steps=steps,
+                    learning_rate=1e-5, max_length=1024, bf16=bool(bf16), gradient_checkpointing=False,
+                    report_to=[], save_strategy="no", disable_tqdm=True,
+                    use_cpu=not torch.cuda.is_available())
+dataset = Dataset.from_list([json.loads(line) for line in open(rows)])
+network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+InOrder(network, args=config, processing_class=tokenizer, callbacks=[Clock()], train_dataset=dataset).train()
+resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
 print(json.dumps([batch * (steps - 2) / (ends[-1] - ends[1]), peak / 2**30]))
 """
 
@@ -145,18 +160,24 @@ def speed(args):
     cuda, results = torch.cuda.is_available(), {"TRL": [], "here": []}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "pairs.jsonl"
-        kept = [row for row in read_pairs(args.data) if row["chosen"] != row["rejected"]][: args.batch_size * args.steps]
+        kept = [row for row in read_pairs(args.data) if row["chosen"] != row["rejected"]]
+        kept = kept[: args.batch_size * args.steps]
         rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        peer = sys.executable, "-c", PEER, args.model, rows, args.batch_size, args.steps, int(cuda)
+        ours = {"model": args.model, "data": rows, "batch_size": args.batch_size, "max_steps": args.steps,
+                "max_tokens": 16384, "logging_steps": 1, "eval_pairs": 0, "learning_rate": 1e-5}
         for _ in range(args.rounds):
-            done = subprocess.run([sys.executable, "-c", PEER, args.model, rows, str(args.batch_size), str(args.steps), str(int(cuda))], check=True, capture_output=True, text=True)
+            done = subprocess.run([*map(str, peer)], check=True, capture_output=True, text=True)
             results["TRL"].append(json.loads(done.stdout.splitlines()[-1]))
-            options = ["--batch_size", args.batch_size, "--max_steps", args.steps, "--max_tokens", 16384, "--logging_steps", 1]
-            lines = train("--model", args.model, "--data", rows, *options, "--eval_pairs", 0, "--learning_rate", 1e-5, *args.rest)[1][2:]
-            results["here"].append([statistics.median(line["pairs_per_second"] for line in lines), lines[-1]["peak_memory_gb"]])
+            _, lines, _ = train(*(f"--{name}={value}" for name, value in ours.items()), *args.rest)
+            rate = statistics.median(line["pairs_per_second"] for line in lines[2:])
+            results["here"].append([rate, lines[-1]["peak_memory_gb"]])
             print({name: [f"{x:.2f}" for x in runs[-1]] for name, runs in results.items()}, flush=True)
     median = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in results.items()}
     (pairs_trl, memory_trl), (pairs, memory) = median["TRL"], median["here"]
-    print(f"| | pairs/s | peak memory, GB |\n| --- | --- | --- |\n| TRL | {pairs_trl:.2f} | {memory_trl:.2f} |\n| here | {pairs:.2f} | {memory:.2f} |\n| ratio | {pairs / pairs_trl:.2f} | {memory / memory_trl:.2f} |")
+    print("| | pairs/s | peak memory, GB |\n| --- | --- | --- |")
+    print(f"| TRL | {pairs_trl:.2f} | {memory_trl:.2f} |\n| here | {pairs:.2f} | {memory:.2f} |")
+    print(f"| ratio | {pairs / pairs_trl:.2f} | {memory / memory_trl:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The curves of one or several runs over each other: loss, log-probabilities, accuracy, margin.  Needs matplotlib.
+"""The curves of one or several runs over each other: loss, log-probabilities, accuracy, margin.  Needs
+matplotlib.
 
     python assets/plot.py RUN [RUN ...] [--output curves.png]     # RUN: an --output_dir or its metrics.jsonl
 """
@@ -7,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-PANELS = {"loss": ["loss"], "mean log-prob": ["logps/chosen", "logps/rejected"], "reward accuracy": ["rewards/accuracies"],
-          "reward margin": ["rewards/margins"]}
+PANELS = {"loss": ["loss"], "mean log-prob": ["logps/chosen", "logps/rejected"],
+          "reward accuracy": ["rewards/accuracies"], "reward margin": ["rewards/margins"]}
 
 
 def curve(lines, key):
@@ -18,7 +19,8 @@ def curve(lines, key):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--output", default="curves.png", help="a .png, .svg or .pdf (default: curves.png)")
     args = parser.parse_args()
