@@ -615,6 +615,12 @@ def test_data_truncation_cuts_the_prompt_first_and_keeps_bos(lengths, kept, mode
     assert responses == [(tok.encode(text) + [EOS])[:length] for text, length in zip(texts[1:], kept[1:])]
 
 
+def test_data_max_prompt_length_is_what_a_prompt_is_cut_to():
+    row = dict(prompt="p" * 20, chosen="g" * 20, rejected="b" * 20)
+    parts = encode_pair(row, byte_tokenizer(), max_length=12, max_prompt_length=3)
+    assert [len(part) for part in parts] == [3, 9, 9]
+
+
 LONG = "x" * 30
 data_report = "{} rows read, {} kept: {} equal, {} empty, {} cut, {} dropped".format
 
