@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import tokenizers
@@ -45,6 +47,7 @@ SHARED = HERE.parent / "shared"
 REAL, MODELS = SHARED / "realdata", SHARED / "realdata" / "models"
 needs_shared = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/realdata")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)  # for tiny models the fastest, by far so where others share the cores
 
 EOS, BOS = 256, 257  # of byte_tokenizer, whose other ids are one to a byte
@@ -60,6 +63,11 @@ def put(path, content):
         content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
+
+
+def program(name, *words, **more):
+    """One of the programs as one types it, in a process of its own that has ended."""
+    return subprocess.run([sys.executable, HERE / name, *words], capture_output=True, text=True, **more)
 
 
 def turn(role, content, **more):
@@ -96,14 +104,14 @@ def random_pairs(lengths, vocab=53, seed=0):
     return [tuple(rng.integers(3, vocab, n) for n in three) for three in lengths]
 
 
-def hypothesis_in(directory):
-    """hypothesis, keeping its notes in a scratch directory; the test is skipped without it."""
+def fuzz(directory, examples):
+    """hypothesis' strategies, and what runs check(drawn...), keeping its notes in a scratch directory; the
+    test is skipped without it."""
     hypothesis = pytest.importorskip("hypothesis")
     hypothesis.configuration.set_hypothesis_home_dir(directory)
-    checks = list(hypothesis.HealthCheck)
-    settings = hypothesis.settings(deadline=None, database=None, derandomize=True,
-                                   suppress_health_check=checks)
-    return hypothesis, hypothesis.strategies, settings
+    settings = hypothesis.settings(deadline=None, database=None, derandomize=True, max_examples=examples,
+                                   suppress_health_check=list(hypothesis.HealthCheck))
+    return hypothesis.strategies, lambda check, *drawn: settings(hypothesis.given(*drawn)(check))()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,14 +126,6 @@ def loss_exactly(logps):
     return x - torch.log(-torch.expm1(x)), -torch.expm1(x)
 
 
-def test_loss_log_odds_is_right_and_its_gradient_is_one_over_one_minus_p():
-    value, slope = torch.func.vjp(log_odds, LOGPS)
-    exact, not_p = loss_exactly(LOGPS)
-    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=2e-7)
-    torch.testing.assert_close(slope(torch.ones_like(LOGPS))[0].double(), 1 / not_p, rtol=1e-6, atol=0)
-    assert log_odds(LOGPS.bfloat16()).dtype == torch.float32 and log_odds(LOGPS.bfloat16()).isfinite().all()
-
-
 def test_loss_and_gradient_are_finite_and_right_for_every_pair():
     chosen, rejected = (x.clone().requires_grad_() for x in torch.cartesian_prod(LOGPS, LOGPS).unbind(1))
     loss = odds_ratio_loss(chosen, rejected)
@@ -135,6 +135,7 @@ def test_loss_and_gradient_are_finite_and_right_for_every_pair():
     torch.testing.assert_close(loss.double(), F.softplus(odds_l - odds_w, threshold=30), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(chosen.grad.double(), -delta / not_w, rtol=1e-4, atol=1e-8)  # Eq. 10
     torch.testing.assert_close(rejected.grad.double(), delta / not_l, rtol=1e-4, atol=1e-8)
+    assert log_odds(LOGPS.bfloat16()).dtype == torch.float32 and log_odds(LOGPS.bfloat16()).isfinite().all()
 
 
 def test_loss_of_the_peer_has_no_gradient_near_certainty():
@@ -145,29 +146,42 @@ def test_loss_of_the_peer_has_no_gradient_near_certainty():
     assert theirs.grad.isnan().all()
 
 
-@pytest.mark.parametrize("prompt_loss, beta", [(True, 0.3), (False, 0.3), (True, 0.0)])
-def test_loss_and_metrics_by_hand(prompt_loss, beta):
-    """With beta 0, plain SFT, all rewards are 0 and the accuracy is that of the log-probabilities."""
-    pairs = random_pairs([(1, 1, 1), (1, 5, 2), (4, 1, 6), (8, 3, 3), (2, 7, 1)])
-    batch = pack(pairs, prompt_loss=prompt_loss)
-    logps = -torch.rand(len(batch.inputs), generator=torch.Generator().manual_seed(1))
-    logps *= (batch.owner % 3 != 0) | prompt_loss  # the model's value for what is not scored is 0
-    parts = logps.split(torch.bincount(batch.owner).tolist())  # prompt, chosen, rejected; the next pair's
-    tokens = sum(len(chosen) + prompt_loss * (len(prompt) - 1) for prompt, chosen, _ in pairs)
-    nll = -torch.cat(parts[::3] + parts[1::3]).sum() / tokens
-    w, l = (torch.stack([part.mean() for part in parts[first::3]]) for first in (1, 2))
+def sequence_logps(logits, *parts):
+    """Log-probability of all tokens but the first of parts, end to end; logits: (1, T) ids -> (1, T, V)."""
+    ids = torch.tensor(np.concatenate(parts))[None]
+    return logits(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def plain_metrics(logits, pairs, beta, prompt_loss=True):
+    """METRICS, (10,) in float64, by plain passes over one unpadded sequence at a time."""
+    targets, means = [], []
+    for prompt, *responses in pairs:
+        both = [sequence_logps(logits, prompt, response).double() for response in responses]
+        alone = [logps[len(prompt) - 1 :] for logps in both]
+        targets.append(both[0] if prompt_loss else alone[0])
+        means.append(torch.stack([logps.mean() for logps in alone]))
+    w, l = torch.stack(means, 1)  # log P of the chosen and the rejected responses
     log_or = torch.log(w.exp() / (1 - w.exp())) - torch.log(l.exp() / (1 - l.exp()))
-    log_ratio = torch.log(torch.sigmoid(log_or))
-    of_pairs = [log_ratio, log_or, beta * w, beta * l, (w > l).float(), beta * (w - l), w, l]
-    expected = torch.stack([nll - beta * log_ratio.mean(), nll, *(x.mean() for x in of_pairs)])
+    log_ratio, nll = torch.log(torch.sigmoid(log_or)), -torch.cat(targets).mean()
+    of_pairs = [log_ratio, log_or, beta * w, beta * l, (w > l).double(), beta * (w - l), w, l]
+    return torch.stack([nll - beta * log_ratio.mean(), nll, *(x.mean() for x in of_pairs)])
+
+
+@pytest.mark.parametrize("prompt_loss, beta", [(True, 0.3), (False, 0.3), (True, 0.0)])
+def test_loss_and_metrics_are_those_of_plain_passes(prompt_loss, beta, checkpoint):
+    """With beta 0, plain SFT, all rewards are 0 and the accuracy is that of the log-probabilities."""
+    model, pairs = load(checkpoint("llama")), random_pairs(LENGTHS)
+    batch = pack(pairs, prompt_loss=prompt_loss)
+    tokens = sum(len(chosen) + prompt_loss * (len(prompt) - 1) for prompt, chosen, _ in pairs)
+    expected = plain_metrics(model.logits, pairs, beta, prompt_loss).float()
     for counts in (tokens, len(pairs)), ():  # the batch's own, too
-        loss, metrics = orpo_loss(logps, batch, beta, *counts)
-        torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(loss, expected[0])
+        loss, metrics = orpo_loss(model(batch), batch, beta, *counts)
+        close(metrics, expected, rtol=1e-4)
+        close(loss, expected[0], rtol=1e-5)
 
 
 def test_loss_gradient_check_program_passes_and_fails_when_it_should(monkeypatch):
-    done = subprocess.run([sys.executable, HERE / "orpo.py"], capture_output=True, text=True)
+    done = program("orpo.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "upside down" in done.stdout  # the slips in circulation are shown failing
     monkeypatch.setattr(orpo, "closed_form", lambda w, l: [x * 1.001 for x in closed_form(w, l)])
@@ -175,14 +189,16 @@ def test_loss_gradient_check_program_passes_and_fails_when_it_should(monkeypatch
     assert orpo.ratio_spread() == pytest.approx([0.28, 1.41, 2.57], abs=0.02)  # the paper's Figure 6
 
 
-def loss_of_trl(rows, tok, scratch):
+def loss_of_trl(rows, chat_template, scratch):
     """TRL's metrics for one batch of these rows, in fp32, and its model with the gradients."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     trl = pytest.importorskip("trl.experimental.orpo", reason="trl is not installed")
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(MODELS / "stories260K", dtype=torch.float32)
+    tok = AutoTokenizer.from_pretrained(MODELS / "stories260K")
+    tok.pad_token, tok.chat_template = tok.eos_token, chat_template
     config = trl.ORPOConfig(output_dir=str(scratch), beta=0.1, max_length=4096, report_to=[], use_cpu=True)
     trainer = trl.ORPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tok)
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -192,23 +208,19 @@ def loss_of_trl(rows, tok, scratch):
 
 
 @needs_shared
-@pytest.mark.parametrize("file, count, longest", [  # longest: of a row's parts, in tokens
-    ("hh_harmless_test.jsonl.gz", 16, 300), ("rasbt_alpaca.standard_explicit.jsonl", 64, 500),
-    ("rasbt_alpaca.standard_explicit.jsonl", 1, 500), ("orca.conv_explicit.jsonl", 8, 600)])
-def test_loss_of_one_step_equals_trl_gradients_included(file, count, longest, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.AutoTokenizer.from_pretrained(MODELS / "stories260K")
-    theirs.pad_token = theirs.eos_token
-    theirs.chat_template = read_json(REAL / "chat_templates/chatml.json")["chat_template"]
-    ours = copy.copy(data_real_tokenizer("models/stories260K"))
-    ours.chat_template = theirs.chat_template
-    rows = [dict(row) for row in data_real_rows(file) if row["chosen"] != row["rejected"]]
-    rows = [row for row in rows if max(map(len, encode_pair(row, ours, max_length=10**6))) < longest][:count]
-    expected, their_model = loss_of_trl(rows, theirs, tmp_path)
-    model, metrics = Transformer.from_pretrained(MODELS / "stories260K"), 0
-    pairs = tokenize_pairs(rows, ours, max_length=4096)
+@pytest.mark.parametrize("file, count", [
+    ("hh_harmless_test.jsonl.gz", 16), ("rasbt_alpaca.standard_explicit.jsonl", 64),
+    ("rasbt_alpaca.standard_explicit.jsonl", 1), ("orca.conv_explicit.jsonl", 8)])
+def test_loss_of_one_step_equals_trl_gradients_included(file, count, tmp_path):
+    tok = copy.copy(data_real_tokenizer("models/stories260K"))
+    tok.chat_template = read_json(REAL / "chat_templates/chatml.json")["chat_template"]
+    different = [dict(row) for row in data_real_rows(file) if row["chosen"] != row["rejected"]]
+    rows = [row for row in different if len(str(row)) < 1500][:count]
+    expected, their_model = loss_of_trl(rows, tok.chat_template, tmp_path)
+    model, pairs = load(MODELS / "stories260K"), tokenize_pairs(rows, tok, max_length=4096)
+    tokens, metrics = int(pairs.spans()[:, :2].sum()), 0
     for batch in make_packs(pairs, np.arange(count), 2048):
-        loss, part = orpo_loss(model(batch), batch, 0.1, int(pairs.spans()[:, :2].sum()), count)
+        loss, part = orpo_loss(model(batch), batch, 0.1, tokens, count)
         loss.backward()
         metrics = metrics + part
     assert metrics.tolist() == pytest.approx([expected[name] for name in METRICS], rel=1e-5, abs=1e-6)
@@ -230,9 +242,8 @@ def test_readme_flags_and_linked_files_exist_and_the_top_holds_no_others():
     others = "nproc_per_node nnodes rdzv_backend rdzv_endpoint model_args tasks"
     known = {f"--{name}" for name in others.split()}
     known |= set(re.findall(r'"(--\w+)"', (HERE / "assets/figures.py").read_text(encoding="utf-8")))
-    for program in ("train.py", "sample.py"):
-        done = subprocess.run([sys.executable, HERE / program, "--help"], capture_output=True, text=True)
-        known |= set(re.findall(r"--[\w-]+", done.stdout))
+    for name in ("train.py", "sample.py"):
+        known |= set(re.findall(r"--[\w-]+", program(name, "--help").stdout))
     assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known) == []
     assert all((HERE / file).exists() for file in re.findall(r"\]\((assets/[\w.]+)\)", README))
     top = {path.name for path in HERE.glob("[!.]*.*") if path.is_file()}
@@ -337,15 +348,15 @@ def test_data_lone_surrogates_become_u_fffd():
     assert tok.encode("é\ud800b\U0001F642") == tok.encode("é\ufffdb\U0001F642")
 
 
-def test_data_tokenizer_made_here_is_saved_whole_and_read_from_a_hub_cache(tmp_path):
-    tok, cache = demo_tokenizer(), tmp_path / "models--owner--name"
-    revision = cache / "snapshots/0123abc"
+def test_data_tokenizer_is_read_from_a_hub_cache(tmp_path):
+    """Whose files are links to blobs."""
+    blobs, revision = (tmp_path / "models--owner--name" / name for name in ("blobs", "snapshots/0123abc"))
+    demo_tokenizer().save_pretrained(blobs)
     revision.mkdir(parents=True)
-    tok.save_pretrained(cache / "blobs")
-    for path in (cache / "blobs").iterdir():  # in a real cache its name is a hash
+    for path in blobs.iterdir():  # in a real cache its name is a hash
         (revision / path.name).symlink_to(f"../../blobs/{path.name}")
-    again = Tokenizer.from_pretrained(revision)
-    assert (again.eos_id, again.chat_template, again.encode("é")) == (EOS, tok.chat_template, tok.encode("é"))
+    tok = Tokenizer.from_pretrained(revision)
+    assert (tok.eos_id, tok.chat_template) == (EOS, demo_tokenizer().chat_template)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,15 +387,13 @@ REAL_TEMPLATES = ["../tokenizers/minimind3/tokenizer_config.json"] + """chatml.j
     *TEMPLATES, *(pytest.param(name, marks=needs_shared) for name in REAL_TEMPLATES)])
 def test_data_templates_render_or_refuse_as_transformers(template):
     transformers = pytest.importorskip("transformers")
-    least = 8 if template in REAL_TEMPLATES else 0
-    if least:
+    if template in REAL_TEMPLATES:
         text = (REAL / "chat_templates" / template).read_text("utf-8")
         template = json.loads(text)["chat_template"] if template.endswith(".json") else text
     ours = byte_tokenizer(template=template)
     specials = dict(bos_token="<s>", eos_token=END, pad_token=END, chat_template=template)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, **specials)
-    rendered = 0
-    for messages, opening in [(messages, opening) for messages in CONVERSATIONS for opening in (False, True)]:
+    for messages, opening in itertools.product(CONVERSATIONS, (False, True)):
         try:
             expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
         except Exception as error:
@@ -392,8 +401,6 @@ def test_data_templates_render_or_refuse_as_transformers(template):
                 ours.apply_chat_template(messages, opening)
         else:
             assert ours.apply_chat_template(messages, opening) == expected
-            rendered += 1
-    assert rendered >= least
 
 
 SEVERAL = [{"name": "tool_use", "template": "tools"}, {"name": "rag", "template": "documents"}]
@@ -427,7 +434,6 @@ def test_data_templates_cannot_leave_the_sandbox_or_loop_for_ever(attack):
 
 HI, WHO = "\n\nHuman: hi\n\nAssistant:", "\n\nHuman: who\n\nAssistant:"
 S, Q, G, B = turn("system", "s"), user("q"), assistant("good"), assistant("bad")
-TALK = [S, Q, assistant("a"), user("q2")]
 ALPACA = [data.ALPACA.format(instruction="{Do}.", input=text) for text in ("", "\n\n### Input:\nin")]
 FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as read_pairs gives it
     "strings, other columns": (PAIR | {"score": 1.5, "id": None, "messages": ["x"]}, "p", "good", "bad"),
@@ -439,7 +445,6 @@ FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as rea
     "HH, answers differ": (dict(chosen=HI + "y" + WHO, rejected=HI + "n" + WHO), HI, "y" + WHO, "n" + WHO),
     "HH, questions differ": (dict(chosen=HI + "yes\n\nHuman: a" + HI, rejected=HI + "yes\n\nHuman: b" + HI),
                              HI + "yes\n\nHuman:", " a" + HI, " b" + HI),  # the Assistant: there has answered
-    "shared turns": (dict(chosen=[*TALK, G], rejected=[*TALK, B]), TALK, [G], [B]),
     "ids, spaces": (dict(chosen=[Q | {"id": 1}, G], rejected=[user("q\n"), B]), [Q | {"id": 1}], [G], [B]),
     "one continues the other": (dict(chosen=[Q, G, Q], rejected=[Q, G]), [Q], [G, Q], [G]),
     "several turns to answer": (dict(chosen=[Q, G, Q, G], rejected=[Q, B]), [Q], [G, Q, G], [B]),
@@ -469,9 +474,6 @@ def test_data_a_prompt_in_a_column_of_no_usual_name_is_asked_for(tmp_path):
         read_pairs(file)
     assert read_pairs(file, prompt_column="task") == [PAIR]
     assert read_pairs(file, prompt_column="none") == [PAIR | {"prompt": ""}]
-    blocks = [turn("user", [{"type": "image_url", "image_url": "x"}])]
-    with pytest.raises(UserError, match="line 1: .*image_url"):
-        read_pairs(put(tmp_path / "b.jsonl", [dict(prompt=blocks, chosen=[G], rejected=[B])]))
 
 
 def test_data_options_of_a_row_reach_its_template(tmp_path):
@@ -482,24 +484,11 @@ def test_data_options_of_a_row_reach_its_template(tmp_path):
 
 
 def test_data_templates_that_rewrite_an_answered_prompt_are_counted():
-    thinks = EACH + "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     rows = [conversation(), PAIR, conversation(prompt="r")]
-    report = tokenize_pairs(rows, byte_tokenizer(template=thinks)).report
-    assert "2 (first: row 1)" in report
-    usual = byte_tokenizer(template=EACH + "{{ m.content }}{% endfor %}")
-    assert "first" not in tokenize_pairs(rows, usual).report
-
-
-def test_data_a_saved_default_template_asks_as_it_was_trained(tmp_path):
-    """Also BOS, where the tokenizer puts one: through transformers the same ids as in training."""
-    transformers = pytest.importorskip("transformers")
-    tok = byte_tokenizer(post_processor=True)
-    tok.has_template = True  # as train.py sets it when it uses the default one
-    tok.save_pretrained(tmp_path)
-    prompt = encode_pair(conversation(), tok)[0]
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    asked = theirs.apply_chat_template([Q], add_generation_prompt=True, return_dict=False)
-    assert prompt[0] == BOS and asked == prompt == sample.prompt_ids("q", Tokenizer.from_pretrained(tmp_path))
+    for opening, counted in (("<think>", True), ("", False)):
+        template = TURNS.replace("CLOSE", "").replace("[a]{%", "[a]" + opening + "{%")
+        report = tokenize_pairs(rows, byte_tokenizer(template=template)).report
+        assert ("2 (first: row 1)" in report) == counted
 
 
 def test_data_every_kind_of_file_is_read(tmp_path):
@@ -544,15 +533,6 @@ def test_data_sources_and_splits(sources, expected, tmp_path, monkeypatch):
             read_pairs(sources)
     else:
         assert "".join(row["chosen"] for row in read_pairs(sources)) == expected
-
-
-@needs_shared
-def test_data_hh_prompts_end_where_the_assistant_speaks():
-    lines = gzip.open(REAL / "pref/hh_harmless_test.jsonl.gz", "rt", encoding="utf-8")
-    for row, whole in zip(data_real_rows("hh_harmless_test.jsonl.gz"), map(json.loads, lines), strict=True):
-        assert row["prompt"].endswith("\n\nAssistant:")
-        assert all(whole[part] == row["prompt"] + row[part] for part in ("chosen", "rejected"))
-        assert "\n\nAssistant:" not in os.path.commonprefix([row["chosen"], row["rejected"]])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -757,11 +737,11 @@ BAD_DATA = {  # what is wrong: (what meets it, what the line says)
     "not UTF-8": (data_second(b'{"prompt": "\xff"}'), r"a\.jsonl, line 2: .*utf"),
     "broken line": (data_second(b'\n{"prompt": \n'), r"a\.jsonl, line 3: "),
     "broken list": (data_reading("a.json", b"[\n" + GOOD_LINE + b",\n{]"), r"a\.json: .*line 4"),
-    "nested too deeply": (data_second(b"[" * 100000), r"a\.jsonl, line 2: "),
     "turns nested deeply": (data_second(b'{"chosen": [{"x": %s}]}' % (b"[" * 900 + b"]" * 900)), "line 2: "),
     "a string as row": (data_reading("a.json", json.dumps([PAIR, "text"])), r"a\.json, row 2: .*str"),
     "no rejected": (data_second(dict(question="q", chosen="c")), "line 2: .*question: str, chosen: str"),
     "turn without content": (data_second(dict(chosen=[{"role": "a"}], rejected=[B])), "line 2: .*messages"),
+    "an image": (data_second(conversation(prompt=[{"type": "image_url"}])), "line 2: .*image_url"),
     "forms mixed": (data_second(dict(chosen="a b", rejected="a c")), r"a\.jsonl, line 2: "),
     "other prompt": (data_reading("a.jsonl", [dict(prompt="x", chosen=[Q, G], rejected=[Q, B])]), "line 1: "),
     "nothing left": (lambda d: tokenize_pairs([conversation("bad")], byte_tokenizer()), "0 kept: 1 equal"),
@@ -770,7 +750,6 @@ BAD_DATA = {  # what is wrong: (what meets it, what the line says)
     "no EOS": (lambda d: encode_pair(PAIR, Tokenizer(demo_tokenizer().backend, {})), "eos_token"),
     "no tokenizer": (lambda d: Tokenizer.from_pretrained(d), r"no tokenizer\.json"),
     "broken tokenizer.json": (data_loading({"tokenizer.json": '{"model": '}), r"model/tokenizer\.json"),
-    "broken settings": (data_loading({"tokenizer_config.json": "{"}), r"tokenizer_config\.json: "),
     "a string as truth": (data_loading(add_bos_token="false"), "model.*add_bos_token"),
     "link out": (data_spoilt(lambda path: path.symlink_to(__file__)), r"chat_template\.jinja: "),
     "FIFO": (data_spoilt(os.mkfifo), r"chat_template\.jinja: "),
@@ -779,8 +758,7 @@ BAD_DATA = {  # what is wrong: (what meets it, what the line says)
 
 
 @pytest.mark.parametrize("wrong", BAD_DATA)
-def test_data_bad_input_ends_in_one_line_that_says_where(wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_data_bad_input_ends_in_one_line_that_says_where(wrong, tmp_path):
     meet, expected = BAD_DATA[wrong]
     with pytest.raises(UserError, match=expected) as caught:
         meet(tmp_path)
@@ -799,7 +777,7 @@ def data_mutated(original, place, cut, inserted):
 
 @pytest.mark.parametrize("target", ["a.jsonl", "a.json.gz", "rows.jsonl", "tokenizer"])
 def test_data_fuzz_gives_a_result_or_a_user_error(target, tmp_path):
-    hypothesis, st, settings = hypothesis_in(tmp_path / "notes")
+    st, run_on = fuzz(tmp_path / "notes", 200)
     texts = st.text(st.characters(), max_size=8) | st.sampled_from(["a b", "\ud800", " ", HI + " x", END])
     turns = st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), max_size=3)
     leaves = st.none() | st.integers() | st.floats() | texts | turns
@@ -824,7 +802,7 @@ def test_data_fuzz_gives_a_result_or_a_user_error(target, tmp_path):
         except UserError as error:
             assert str(error) and "\n" not in str(error)
 
-    hypothesis.settings(settings, max_examples=200)(hypothesis.given(contents[target])(check))()
+    run_on(check, contents[target])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -941,36 +919,36 @@ def with_gradients(model, values):
 # Adapters
 
 
-def adapted(directory, r=3, alpha=5.0, **more):
-    """A model with adapters that do something."""
+def adapted(directory, by=0.25, **more):
+    """A model with adapters of rank 3, alpha 5, moved `by` so much from their start."""
     model = Transformer.outline(directory)
-    model.add_adapters(r, alpha)
+    model.add_adapters(3, 5.0)
     model.load(**more).start_adapters()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            p.data += by_formula(name, p.shape).float() / 4
+            p.data += by * by_formula(name, p.shape).float()
     return model.eval()
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "opt", "mixtral"])
-def test_model_adapters_merge(name, checkpoint, tmp_path):
+@torch.no_grad()
+def test_model_adapters_start_from_nothing_and_merge(name, checkpoint, tmp_path):
     """W x + alpha / r B A x, with the adapters and in the merged model."""
     model, tokens = adapted(checkpoint(name)), torch.tensor(IDS[None])
     layer = model.model.layers[1].self_attn.q_proj
     x = torch.linspace(-1, 1, layer.in_features)
     close(layer(x) - F.linear(x, layer.weight, layer.bias), 5 / 3 * (layer.lora_B @ layer.lora_A @ x))
     model.save_pretrained(tmp_path, torch.float32)
-    with torch.no_grad():
-        close(load(tmp_path).logits(tokens), model.logits(tokens), atol=1e-4)
+    close(load(tmp_path).logits(tokens), model.logits(tokens), atol=1e-4)
+    close(adapted(checkpoint(name), by=0).logits(tokens), load(checkpoint(name)).logits(tokens))
 
 
 @pytest.mark.parametrize("name", "llama3 mistral qwen2 qwen3 smollm3 stablelm phi opt mixtral".split())
 def test_model_adapters_are_pefts(name, checkpoint, tmp_path):
-    """In PEFT the same logits; trained are the adapters only, from nothing on."""
+    """In PEFT the same logits, with the adapters and merged."""
     peft = pytest.importorskip("peft", reason="peft is the reference")
     directory, model, tokens = checkpoint(name), adapted(checkpoint(name)), torch.tensor(IDS[None])
     weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    assert weights and all(key.endswith(("lora_A", "lora_B")) for key in weights)
     model.save_adapters(tmp_path / "adapter", weights, str(directory), 3, 5.0)
     theirs = peft.PeftModel.from_pretrained(load_in_transformers(directory), tmp_path / "adapter").eval()
     assert len(weights) == sum("lora" in key for key, _ in theirs.named_parameters())
@@ -980,10 +958,6 @@ def test_model_adapters_are_pefts(name, checkpoint, tmp_path):
         close(model.logits(tokens), expected, atol=1e-4)
         model.save_pretrained(tmp_path / "merged", torch.float32)
         close(load_in_transformers(tmp_path / "merged")(tokens).logits, expected, atol=1e-4)
-    fresh = Transformer.outline(directory)
-    fresh.add_adapters(3, 5.0)
-    fresh.load().start_adapters()
-    close(fresh.logits(tokens), load(directory).logits(tokens))
 
 
 def test_model_adapters_freeze_the_rest_in_the_dtype_asked_for(checkpoint):
@@ -994,12 +968,6 @@ def test_model_adapters_freeze_the_rest_in_the_dtype_asked_for(checkpoint):
         trained = (torch.float32, True) if "lora" in name else (torch.bfloat16, False)
         assert (p.dtype, p.grad is not None) == trained, name
     assert model.training_flops(batch.counts) < load(checkpoint("llama3")).training_flops(batch.counts)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "phi3"])
-def test_model_adapters_are_refused_where_layers_are_joined(name, checkpoint):
-    with pytest.raises(UserError, match="--lora_r.*(c_attn|qkv_proj)"):
-        Transformer.outline(checkpoint(name)).add_adapters(2, 4.0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1091,22 +1059,6 @@ def test_model_equals_transformers_there_and_back(name, checkpoint, tmp_path, mo
     assert again.generation_config.to_dict() == reference.generation_config.to_dict()
 
 
-def sequence_logps(logits, *parts):
-    """Log-probability of all tokens but the first of parts, end to end; logits: (1, T) ids -> (1, T, V)."""
-    ids = torch.tensor(np.concatenate(parts))[None]
-    return logits(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-
-
-def reference_loss(logits, pairs, beta):
-    """ORPO from two unpadded sequences for each pair."""
-    targets, means = [], []
-    for prompt, *responses in pairs:
-        both = [sequence_logps(logits, prompt, response) for response in responses]
-        targets.append(both[0])
-        means.append(torch.stack([logps[len(prompt) - 1 :].mean() for logps in both]))
-    return -torch.cat(targets).mean() + beta * odds_ratio_loss(*torch.stack(means, 1)).mean()
-
-
 def reference_balance(reference, pairs, experts, visited):
     """transformers' balance loss over every sequence without its last token."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -1121,10 +1073,10 @@ def test_model_one_step_equals_transformers(name, checkpoint, tmp_path):
     model, reference = load(checkpoint(name)), load_in_transformers(checkpoint(name))
     pairs, c = random_pairs(LENGTHS[2:6]), model.config
     batch = pack(pairs)
-    weight = torch.where(batch.owner % 3 == 0, 2.0, 1.0)  # the prefix, computed once here, counts twice
+    weight = train.router_weight(batch)  # the prefix, computed once here, counts twice
     logps, router = model(batch, weight)
     loss = orpo_loss(logps, batch, 0.5, int((batch.owner % 3 != 2).sum()), len(pairs))[0]
-    expected = reference_loss(lambda ids: reference(ids).logits, pairs, 0.5)
+    expected = plain_metrics(lambda ids: reference(ids).logits, pairs, 0.5)[0].float()
     if c.moe_layers:
         sent, probability = router / (weight.sum() * len(c.moe_layers))
         loss = loss + c.num_experts * (sent * probability).sum()
@@ -1185,9 +1137,10 @@ def test_model_cached_equals_uncached(name, lengths, checkpoint):
 
 
 def test_model_rows_of_a_batch_end_at_their_own_last_positions():
-    """Learned positions end; a short prompt may use all of them, however long its neighbours are."""
+    """Learned positions end; a short prompt may use all of them, however long its neighbours are, and
+    nothing is held for a limit that is never reached."""
     model, prompts = build("gpt2", n_positions=16), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [7] * 15]
-    together = sample.continuations(model, prompts, 30)
+    together = sample.continuations(model, prompts, 10**12)
     assert together == [sample.continuations(model, [prompt], 30)[0] for prompt in prompts]
     assert [len(prompt + answer) for prompt, answer in zip(prompts, together)] == [16, 16, 16]
 
@@ -1446,11 +1399,9 @@ def config(**changes):
 BAD_MODELS = {  # name: ({file: its content; None: removed; a function: of its tensors}, words to be found)
     "foreign model_type": (config(model_type="t5"), "config.json t5 llama qwen3_moe"),
     "truth for a size": (config(num_key_value_heads=True), "config.json num_key_value_heads"),
-    "epsilon beyond all numbers": (config(rms_norm_eps=10**400), "config.json norm_eps"),
     "unknown activation": (config(hidden_act="swoosh"), "config.json swoosh"),
-    "long rope": (config(model_type="phi3", rope_scaling={"type": "longrope"}), "config.json longrope"),
     "norm of each head": (config(model_type="stablelm", qk_layernorm=True), "config.json qk_layernorm"),
-    "unknown rope": (config(rope_scaling={"rope_type": "yarn", "factor": 2}), "config.json yarn"),
+    "unknown rope": (config(model_type="phi3", rope_scaling={"type": "longrope"}), "config.json longrope"),
     "rope_theta of nought": (config(rope_theta=0), "config.json rope_theta"),
     "odd rotary part": (config(partial_rotary_factor=0.4), "config.json rotary"),
     "window of nought": (config(model_type="mistral", sliding_window=0), "config.json window"),
@@ -1493,7 +1444,7 @@ def test_model_bad_directories(files, words, tmp_path):
 
 def test_model_config_fuzz(tmp_path):
     """Whatever stands in config.json: a UserError, or a model that runs."""
-    hypothesis, st, settings = hypothesis_in(tmp_path)
+    st, run_on = fuzz(tmp_path, 500)
     names = sorted({key for hf in CHECKPOINTS.values() for key in hf} | set(vars(Config.from_hf(plain()))))
     words = st.sampled_from(["llama3", "linear", "gelu", SLIDING, FULL])
     numbers = st.booleans() | st.integers(-2, 9) | st.integers(-10**400, 10**400) | st.floats()
@@ -1502,8 +1453,6 @@ def test_model_config_fuzz(tmp_path):
     values = scalars | st.lists(scalars, max_size=3) | rope
     changes = st.dictionaries(st.sampled_from(names), values, max_size=4)
 
-    @hypothesis.settings(settings, max_examples=500)
-    @hypothesis.given(st.sampled_from(list(CHECKPOINTS)), changes)
     def check(name, changes):
         try:
             c = Config.from_hf(CHECKPOINTS[name] | changes)
@@ -1513,7 +1462,8 @@ def test_model_config_fuzz(tmp_path):
             model = Transformer(c).initialise()
             tokens = torch.zeros(1, min(4, model.max_positions or 4), dtype=torch.long)
             assert model.logits(tokens).shape == (*tokens.shape, c.vocab_size)
-    check()
+
+    run_on(check, st.sampled_from(list(CHECKPOINTS)), changes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1635,6 +1585,11 @@ def same_run(one, other, steps=STEPS):
     return ends[0] == ends[1]
 
 
+def cut_off(whole, copy, *steps):
+    """A copy of a run that was killed before the checkpoints of these steps; where it is."""
+    return shutil.copytree(whole, copy, ignore=shutil.ignore_patterns(*map("checkpoint-{}".format, steps)))
+
+
 def listing(directory):
     """Everything in a directory but locks."""
     paths = [path for path in Path(directory).rglob("*") if path.name != ".orpo"]
@@ -1666,9 +1621,12 @@ def whole(tmp_path_factory, flags):
 
 @pytest.fixture
 def interrupted(whole, tmp_path):
-    """The same run as after a kill in step 7: checkpoints 2, 4 and 6, longer metrics, no model."""
-    out = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-8"))
+    """The same run as after a kill in step 7: checkpoints 2, 4 and 6, longer metrics, no model. In the
+    samples somebody garbled a line, and the last is cut off inside a character."""
+    out = cut_off(whole, tmp_path / "out", 8)
     put(out / "metrics.jsonl", (out / "metrics.jsonl").read_text() + '{"step": 9, "loss": 0.1')
+    samples = ["#garbled", '{"step": 7, "a": "b"}', '{"step": 6, "a": "ä"}', '{"step": 6, "a": "ä']
+    put(out / "samples.jsonl", "\n".join(samples).encode()[:-1])
     (out / "model.safetensors").unlink()
     return out
 
@@ -1679,8 +1637,8 @@ def interrupted(whole, tmp_path):
 
 def test_train_demo_and_what_it_writes(tmp_path):
     """The demo, shortened: `python train.py` as one types it."""
-    words = [sys.executable, HERE / "train.py", *command(max_steps=40, logging_steps=10, eval_steps=20)]
-    done, out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True), tmp_path / "out"
+    words, out = command(max_steps=40, logging_steps=10, eval_steps=20), tmp_path / "out"
+    done = program("train.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"(?s)step 40/40.*reward accuracy +0\.\d+ +0\.\d+\n.*right greedy answers", done.stdout)
     assert done.stdout.rstrip().endswith('python sample.py --model out --prompt "Name a number above 57."')
@@ -1713,10 +1671,12 @@ def test_train_seed_changes_the_order_but_not_what_is_held_out(flags, whole, tmp
     assert weights(tmp_path) != weights(whole) and curve(tmp_path)[0] == curve(whole)[0]  # before step 1
 
 
-def test_train_dry_run_shows_what_is_trained_and_writes_nothing(model, tmp_path, capsys):
-    file = put(tmp_path / "pairs.jsonl", [dict(prompt="ab", chosen="c\n", rejected="d")] * 20)
-    run(tmp_path / "out", model=model, data=file, dry_run=True, prompt_loss=False)
-    printed = capsys.readouterr().out
+def test_train_dry_run_shows_what_is_read_and_trained_and_writes_nothing(model, tmp_path, capsys):
+    for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl"):
+        put(tmp_path / "set" / name, [dict(prompt="ab", chosen="c\n", rejected="d")] * 10)
+    run(tmp_path / "out", model=model, data=tmp_path / "set", dry_run=True, prompt_loss=False)
+    printed, files = capsys.readouterr().out, "['set/train-1.jsonl', 'set/train-2.jsonl']"
+    assert files + ": strings with the prompt in prompt\n  20 rows read" in printed
     assert "prompt: 2 tokens, scored by nothing\n    a|b\n" in printed and not (tmp_path / "out").exists()
     assert "chosen: 3 tokens, scored by L_SFT and L_OR\n    c|\\n|<|endoftext|> <- EOS\n" in printed
     assert "\n3 steps of 32 pairs" in printed and "note" not in printed and "most are cut" not in printed
@@ -1739,23 +1699,32 @@ def test_train_save_dtype_and_samples(flags, tmp_path):
     assert [line["step"] for line in lines(tmp_path, "samples.jsonl")] == [0, 0, 2, 2]
 
 
-def test_train_evaluates_about_ten_times_and_counts_epochs(flags, tmp_path):
+def test_train_evaluates_about_ten_times(flags, tmp_path):
     run(tmp_path, flags, num_train_epochs=4.3, save_steps=0)
     evaluated = [line["step"] for line in curve(tmp_path, "eval_loss")]
     assert 10 <= len(evaluated) <= 13 and evaluated[0] == 0 and evaluated[-1] == 22
-    epochs = [line["epoch"] * 23 for line in curve(tmp_path, "loss")]
-    assert epochs[:6] == pytest.approx([5, 10, 15, 20, 23, 28], abs=1e-4) and not train.checkpoints(tmp_path)
+    assert not train.checkpoints(tmp_path)
 
 
 BARE = Tokenizer(demo_tokenizer().backend, {"eos_token": "<|endoftext|>"})  # without a chat template
 
 
-def test_train_keeps_the_default_template_with_the_model(tmp_path):
-    """Trained on conversations, a model without a template is asked afterwards as it was trained."""
-    file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(20)])
-    run(tmp_path / "out", model=make_model(tmp_path / "m", tokenizer=BARE), data=file, max_steps=1)
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.decode(sample.prompt_ids("q", tokenizer)) == "<|user|>\nq<|endoftext|>\n<|assistant|>\n"
+@pytest.mark.parametrize("row, template, asked", [
+    (conversation(), "", "<|user|>\nq<|endoftext|>\n<|assistant|>\n"),  # the authors' turns
+    (PAIR | dict(prompt=None, instruction="q", input=""), "", data.ALPACA.format(instruction="q", input="")),
+    (conversation(), "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}", "<q>")])
+def test_train_saves_the_template_it_asked_through(row, template, asked, tmp_path):
+    """With a model that has none; BOS included, here and in transformers."""
+    given = {"chat_template": put(tmp_path / "t.jinja", template)} if template else {}
+    file = put(tmp_path / "rows.jsonl", [row] * 3)
+    tokenizer = byte_tokenizer(post_processor=True)
+    model = make_model(tmp_path / "model", SHAPE | dict(vocab_size=258), tokenizer)
+    run(out := tmp_path / "out", given, model=model, data=file, max_steps=1, eval_pairs=0, save_steps=0)
+    tokenizer = Tokenizer.from_pretrained(out)
+    trained, ids = encode_pair(read_pairs(file)[0], tokenizer)[0], sample.prompt_ids("q", tokenizer)
+    assert ids == trained == [BOS, *tokenizer.encode(asked)]
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
+    assert ids == theirs.apply_chat_template([Q], add_generation_prompt=True, return_dict=False)
 
 
 def test_train_config_file_gives_flags_and_the_command_line_wins(whole, tmp_path):
@@ -1781,7 +1750,6 @@ def test_train_deletes_and_replaces_what_a_run_wrote_and_nothing_else(flags, who
     put(model / "generation_config.json", {"temperature": 0.5})
     monkeypatch.setattr(model_module, "SHARD_BYTES", 40_000)
     run(out, flags, model=model, max_steps=3)
-    assert {"generation_config.json", "model.safetensors.index.json", "checkpoint-3"} <= set(os.listdir(out))
     names = "notes.txt vocab.json chat_template.jinja final/x checkpoint-x/y checkpoint-007/x checkpoint-²/x"
     mine = {Path(put(out / name, "mine")) for name in names.split()}
     run(out, resume=True, max_steps=4)
@@ -1798,30 +1766,12 @@ def test_train_deletes_and_replaces_what_a_run_wrote_and_nothing_else(flags, who
 # train.py: resuming
 
 
-@pytest.mark.parametrize("stopped", [1, 5])
-def test_train_resume_auto_starts_or_goes_on_exactly(whole, flags, tmp_path, monkeypatch, stopped):
-    """Stopped in mid-epoch after 1 step, and at the end of an epoch after 5."""
-    trained = []
-    on_step(monkeypatch, trained.append)
-    for steps in (stopped, STEPS):
-        run(tmp_path, flags, resume="auto", max_steps=steps)
-    assert len(trained) == STEPS and curve(tmp_path, "loss") == curve(whole, "loss")
-    for place in ("", "checkpoint-8"):
-        assert weights(tmp_path / place) == weights(whole / place)
-
-
 def test_train_resume_after_a_kill_is_exact(whole, interrupted):
     for _ in range(2):  # the second time it has ended already, and nothing changes
         run(interrupted, resume=True)  # nothing else: the flags are the recorded ones
-        assert same_run(whole, interrupted) and set(os.listdir(interrupted)) == set(os.listdir(whole))
-
-
-def test_train_resume_in_the_middle_of_a_line_of_metrics(flags, tmp_path):
-    """Logging every 3 steps, saving every 2: the sums of the open line are in the checkpoint."""
-    run(tmp_path / "a", flags, logging_steps=3, max_steps=6)
-    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-[46]"))
-    run(tmp_path / "b", resume=True)
-    assert len(curve(tmp_path / "b", "loss")) == 2 and same_run(tmp_path / "a", tmp_path / "b", 6)
+        assert same_run(whole, interrupted)
+        assert (interrupted / "samples.jsonl").read_text() == '#garbled\n{"step": 6, "a": "ä"}\n'
+        assert set(os.listdir(interrupted)) == {*os.listdir(whole), "samples.jsonl"}
 
 
 def test_train_resume_takes_reports_and_records_another_future(interrupted, capsys):
@@ -1848,26 +1798,20 @@ def test_train_resume_needs_only_the_checkpoint_and_equal_data(whole, flags, mod
         run(out, resume=True, data=moved, max_steps=6)
 
 
-def test_train_a_template_with_the_date_resumes_tomorrow(flags, model, tmp_path, monkeypatch):
-    """Two time zones 26 hours apart stand for two days."""
-    copy, today, tomorrow = shutil.copytree(model, tmp_path / "model"), "AAA12", "BBB-14"
-    put(copy / "chat_template.jinja", "{{ strftime_now('%d') }}{{ messages[-1].content }}")
-    file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(8)])
-    for name, zone, steps in (("a", today, 4), ("b", today, 2), ("b", tomorrow, 4), ("c", tomorrow, 4)):
-        monkeypatch.setenv("TZ", zone)
-        time.tzset()
-        run(tmp_path / name, flags, model=copy, data=file, eval_pairs=0, resume="auto", max_steps=steps)
-    monkeypatch.delenv("TZ")
-    time.tzset()
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+def test_train_a_template_that_reads_the_clock_resumes_later(flags, model, tmp_path):
+    """With the time at which the run began: else its pairs would be others, and be refused."""
+    copy, file = shutil.copytree(model, tmp_path / "model"), tmp_path / "c.jsonl"
+    put(copy / "chat_template.jinja", "{{ strftime_now('%f') }}{{ messages[-1].content }}")
+    common = flags | dict(model=copy, data=put(file, [conversation(f"good {i}") for i in range(8)]))
+    for name, steps in (("a", 2), ("a", 4), ("b", 4)):
+        run(tmp_path / name, common, resume="auto", max_steps=steps)
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
 
 
 DAMAGES = {  # name: what is done to a checkpoint
-    "other bytes": lambda at: put(at / "model.safetensors", (at / "model.safetensors").read_bytes()[::-1]),
     "cut off": lambda at: os.truncate(at / "optimizer.safetensors", 5000),
     "of another step": lambda at: shutil.copytree(at.with_name("checkpoint-4"), at, dirs_exist_ok=True),
     "not readable": lambda at: (at / "state.json").unlink() or (at / "state.json").symlink_to("state.json"),
-    "no manifest": lambda at: (at / "manifest.json").unlink(),
     "manifest garbage": lambda at: put(at / "manifest.json", b"\xff\x00{"),
 }
 
@@ -1891,20 +1835,8 @@ def test_train_save_total_limit_with_a_checkpoint_that_is_a_link(interrupted, tm
     assert set(train.checkpoints(interrupted)) - {2} == {6, 8} and (moved / "model.safetensors").exists()
 
 
-def test_train_cut_back_drops_later_lines_and_one_cut_off(tmp_path):
-    """A garbled line in the middle takes nothing with it; the cut goes through a character."""
-    kept = ['{"step": 1, "a": "ä"}', '{"step": 2}']
-    content = [kept[0], "#garbled", '{"step": 3}', kept[1], '{"step": 2, "a": "ä']
-    file = put(tmp_path / "samples.jsonl", "\n".join(content).encode()[:-1])
-    train.cut_back(file, 2)
-    assert [line for line in Path(file).read_text().splitlines() if line != "#garbled"] == kept
-
-
-def test_train_a_checkpoint_that_was_tampered_with_is_refused_or_works(whole, tmp_path, monkeypatch):
+def test_train_a_checkpoint_that_was_tampered_with_is_refused_or_works(whole, tmp_path):
     """Other values in JSON files, other tensors in the optimizer's, a manifest that agrees: no traceback."""
-    import hashlib
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     original, chance, outcomes = whole / "checkpoint-2", random.Random(0), set()
     contents = {name: read_json(str(original / name)) for name in ("state.json", "train_config.json")}
     contents["optimizer.safetensors"] = load_file(original / "optimizer.safetensors")
@@ -1914,8 +1846,7 @@ def test_train_a_checkpoint_that_was_tampered_with_is_refused_or_works(whole, tm
             save_file(contents[name] | {key: torch.zeros(3)}, checkpoint / name)
         else:
             put(checkpoint / name, contents[name] | {key: chance.choice([None, -1, "x", ["x"], {}, True])})
-        changed = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}
-        put(checkpoint / "manifest.json", read_json(str(checkpoint / "manifest.json")) | changed)
+        put(checkpoint / "manifest.json", train.digests(checkpoint))
         try:
             outcomes.add(run(checkpoint.parent, resume=True, max_steps=3, eval_steps=0))
         except UserError:
@@ -1948,13 +1879,23 @@ def test_train_killed_runs_resume(flags, whole, tmp_path, number):
     assert same_run(whole, out) and set(os.listdir(out)) == set(os.listdir(whole))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_train_a_signal_finishes_the_step_saves_and_ends(flags, whole, tmp_path, monkeypatch, number, status):
-    on_step(monkeypatch, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
-    assert run(tmp_path, flags, save_steps=100, max_steps=STEPS) == status
-    assert [*train.checkpoints(tmp_path), lines(tmp_path)[-1]["step"]] == [3, 3] and not weights(tmp_path)
-    run(tmp_path, resume=True)
-    assert same_run(whole, tmp_path)
+@pytest.mark.parametrize("number, status, last", [
+    (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 5)])  # with 5 an epoch ends
+def test_train_a_signal_finishes_the_step_saves_and_ends(
+        flags, whole, tmp_path, monkeypatch, number, status, last):
+    """And --resume auto, which began the run, goes on behind that step."""
+    trained = []
+
+    def interrupt(step):
+        trained.append(step)
+        if step == last:
+            os.kill(os.getpid(), number)
+
+    on_step(monkeypatch, interrupt)
+    assert run(tmp_path, flags, resume="auto", save_steps=100, max_steps=STEPS) == status
+    assert [*train.checkpoints(tmp_path), lines(tmp_path)[-1]["step"]] == [last, last]
+    assert not weights(tmp_path) and run(tmp_path, resume="auto") == 0
+    assert len(trained) == STEPS and same_run(whole, tmp_path)
 
 
 @pytest.mark.parametrize("number, status, left", [(signal.SIGTERM, 143, 1), (signal.SIGKILL, 1, 0)])
@@ -1977,77 +1918,50 @@ def test_train_what_one_rank_meets_ends_all(flags, tmp_path, number, status, lef
 # train.py: the trajectory does not depend on the hardware
 
 
-def largest_difference(one, other, keys=("loss", "nll_loss", "grad_norm")):
-    """Over all steps, relative."""
-    first, second = ([[line[key] for key in keys] for line in curve(out, keys[0])] for out in (one, other))
-    return np.max(np.abs(np.array(second) - first) / np.abs(first))
-
-
-@pytest.mark.parametrize("shape, given", [
-    (SHAPE, dict(batch_size=7)),  # an uneven batch, and a short last one
-    (SHAPE, dict(batch_size=2, prompt_loss=False)),  # fewer pairs than ranks
-    (MOE, dict(batch_size=7, output_router_logits=True))])
-def test_train_ranks_and_max_tokens_change_nothing(flags, tmp_path, shape, given):
-    keys = ["loss", "nll_loss", "grad_norm"] + ["aux_loss"] * (shape is MOE)
-    common = flags | given | dict(model=make_model(tmp_path / "model", shape), save_steps=0, max_steps=10)
-    run(tmp_path / "one", common)
-    for count, max_tokens in ((1, 70), (2, 70), (3, 150)):
-        run_ranks(out := tmp_path / f"{count}", count, common, max_tokens=max_tokens)
-        assert largest_difference(tmp_path / "one", out, keys) < 1e-4
-        assert largest_difference(tmp_path / "one", out, ["eval_loss"]) < 1e-4
+def close_runs(one, other):
+    """Every number of metrics.jsonl, evaluations included."""
+    for line, again in zip(curve(one), curve(other), strict=True):
+        assert again == pytest.approx(line, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("count, shape, given", [
-    (2, SHAPE, dict(gradient_checkpointing=True)), (3, SHAPE, dict(batch_size=2)),  # fewer pairs than ranks
-    (2, SHAPE | dict(tie_word_embeddings=False), dict(generate_during_eval=1)),
-    (2, MOE, dict(output_router_logits=True)), (2, SHAPE, dict(lora_r=2))])
-def test_train_sharded_is_as_one_process_and_resumes(flags, tmp_path, count, shape, given):
-    """Also on without --shard from its checkpoint, which is as any other."""
-    common = flags | dict(model=make_model(tmp_path / "model", shape), eval_steps=4, max_steps=4) | given
-    one, sharded, again, alone = (tmp_path / name for name in ("one", "sharded", "again", "alone"))
-    run(one, common)
-    run_ranks(sharded, count, common, shard=True)
-    assert largest_difference(one, sharded) < 1e-4 and largest_difference(one, sharded, ["eval_loss"]) < 1e-4
-    ours, theirs = (load_file(out / "model.safetensors") for out in (sharded, one))
+    (3, SHAPE, dict(batch_size=7, max_tokens=150)),  # an uneven batch, and a short last one
+    (3, SHAPE, dict(batch_size=2, prompt_loss=False)),  # fewer pairs than ranks
+    (2, MOE, dict(batch_size=7, max_tokens=90, output_router_logits=True)),
+    (2, SHAPE, dict(shard=True, gradient_checkpointing=True)), (3, SHAPE, dict(shard=True, batch_size=2)),
+    (2, SHAPE | dict(tie_word_embeddings=False), dict(shard=True, generate_during_eval=1)),
+    (2, MOE, dict(shard=True, output_router_logits=True)), (2, SHAPE, dict(shard=True, lora_r=2))])
+def test_train_on_ranks_is_as_one_process_and_resumes(flags, tmp_path, count, shape, given):
+    """Exactly on as many ranks (DDP's first backward sums in another order than later ones; with three that
+    is another result), closely in one process; and max_tokens changes nothing."""
+    common = flags | dict(model=make_model(tmp_path / "model", shape), max_steps=4) | given
+    common |= dict(eval_steps=4, logging_steps=3)  # resumed after step 2, in the middle of a line
+    one, many, again, alone = (tmp_path / name for name in ("one", "many", "again", "alone"))
+    run(one, common, shard=False, max_tokens=8192)
+    run_ranks(many, count, common)
+    close_runs(one, many)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (many, one))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     for copied in (again, alone):
-        shutil.copytree(sharded, copied)
-        shutil.rmtree(copied / "checkpoint-4")
+        cut_off(many, copied, 4)
     run_ranks(again, count, resume=True)
-    assert same_run(sharded, again, 4)
-    run(alone, resume=True, config=put(tmp_path / "no_shard.json", {"shard": False}))
-    assert largest_difference(one, alone) < 1e-4
+    assert same_run(many, again, 4)
+    run(alone, resume=True, max_tokens=70, config=put(tmp_path / "no_shard.json", {"shard": False}))
+    close_runs(one, alone)
 
 
 def test_train_adapters_learn_resume_and_leave_both_models(flags, tmp_path):
-    model, out, copied = make_model(tmp_path / "model"), tmp_path / "out", tmp_path / "copied"
+    model, out = make_model(tmp_path / "model"), tmp_path / "out"
     common = flags | dict(model=model, lora_r=4, learning_rate=1e-2, eval_steps=8, max_steps=STEPS)
     run(out, common)
     first, *_, last = (line["eval_loss"] for line in curve(out, "eval_loss"))
     assert last < first - 0.1
-    kept = load_file(out / "checkpoint-8/optimizer.safetensors")
-    assert {key for key in kept if key.startswith("adapter.")} == {
-        f"adapter.model.layers.{i}.{layer}_proj.lora_{part}" for i in range(2) for part in "AB" for layer in
-        [*(f"self_attn.{x}" for x in "qkvo"), *(f"mlp.{x}" for x in ("gate", "up", "down"))]}
     assert sorted(os.listdir(out / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
     before, after = (load_file(directory / "model.safetensors") for directory in (Path(model), out))
-    assert [key for key in after if torch.equal(after[key], before[key])] == [
-        key for key in after if "_proj" not in key]
-    shutil.copytree(out, copied)
-    shutil.rmtree(copied / "checkpoint-8")
-    run(copied, resume=True)
-    assert same_run(out, copied, STEPS)
-
-
-def test_train_resume_on_three_ranks_is_exact_and_on_two_close(flags, tmp_path):
-    """DDP's first backward sums in another order than later ones; with three ranks that is another result."""
-    a, b, c = (tmp_path / name for name in "abc")
-    run_ranks(a, 3, flags, eval_steps=0, max_steps=4)
-    for again, count, max_tokens in ((b, 3, 8192), (c, 2, 100)):
-        shutil.copytree(a, again)
-        shutil.rmtree(again / "checkpoint-4")
-        run_ranks(again, count, resume=True, max_tokens=max_tokens)
-    assert same_run(a, b, 4) and largest_difference(a, c) < 1e-4
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    assert moved == {key for key in after if "_proj" in key}
+    run(cut_off(out, tmp_path / "copied", 8), resume=True)
+    assert same_run(out, tmp_path / "copied")
 
 
 def test_train_ranks_with_different_flags_end_in_a_line(flags, tmp_path):
@@ -2057,13 +1971,13 @@ def test_train_ranks_with_different_flags_end_in_a_line(flags, tmp_path):
 
 
 def test_train_bfloat16_is_refused_before_anything_is_read(monkeypatch, tmp_path):
-    def init(ranks, timeout):
-        ranks.rank, ranks.count, ranks.first, ranks.device = 0, 1, True, torch.device("cuda")
-    monkeypatch.setattr(train.Ranks, "__init__", init)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    card = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None,
+                is_bf16_supported=lambda including_emulation=True: including_emulation)
+    for name, answer in card.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(data, "demo_pairs", lambda count: pytest.fail("read too early"))
     with pytest.raises(UserError, match="no bfloat16.*--dtype float32"):
-        train.main(["--dtype", "bfloat16", "--output_dir", str(tmp_path)])
+        run(tmp_path, dtype="bfloat16")
 
 
 def test_train_evaluates_a_model_as_it_is(flags, model, tmp_path):
@@ -2074,23 +1988,6 @@ def test_train_evaluates_a_model_as_it_is(flags, model, tmp_path):
     told = lines(tmp_path / "out")
     assert [(line["step"], line["eval_data"]) for line in told] == [(0, one), (0, two)]
     assert told[0]["eval_loss"] != told[1]["eval_loss"] and not (tmp_path / "out/model.safetensors").exists()
-    with pytest.raises(UserError, match="--model"):
-        run(tmp_path / "none", eval_data=[one], max_steps=0)
-
-
-def test_train_saves_what_it_asked_through(tmp_path):
-    """A model without a template is saved with what its rows were written in, or with --chat_template."""
-    model, rows = make_model(tmp_path / "m", tokenizer=BARE), tmp_path / "rows.jsonl"
-    alpaca = [dict(instruction=f"i{n}", input="", chosen="good", rejected="bad") for n in range(3)]
-    common = dict(model=model, data=put(rows, alpaca), max_steps=1, eval_pairs=0, save_steps=0)
-    run(tmp_path / "alpaca", common)
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "alpaca")
-    [row, *_] = read_pairs(rows)
-    assert tokenizer.decode(sample.prompt_ids("i0", tokenizer)) == row["prompt"]
-    given = put(tmp_path / "t.jinja", "{% for m in messages %}<{{ m.content }}>{% endfor %}")
-    run(tmp_path / "given", common, data=put(rows, [conversation()] * 3), chat_template=given)
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "given")
-    assert tokenizer.decode(sample.prompt_ids("q", tokenizer)) == "<q>"
 
 
 def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
@@ -2107,33 +2004,20 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
     assert "eval/loss" in told[0] and "train/grad_norm" in told[1] and "eval/rewards/margins" in told[2]
 
 
-@pytest.mark.parametrize("kind, text, line", [
-    ("torch._inductor.exc", "g++ not found", "--compile needs a C.. compiler"),
-    ("builtins", "Connection closed by peer (gloo)", "another rank"),
-    ("builtins", "a mistake of ours", "^$")])
-def test_train_explains_what_is_not_its_fault(kind, text, line):
-    assert re.match(line, train.explain(type("Error", (RuntimeError,), {"__module__": kind})(text)))
-
-
 def test_train_with_closed_streams(flags, tmp_path):
     words = [sys.executable, str(HERE / "train.py"), *command(flags, max_steps=1, output_dir=tmp_path)]
     done = subprocess.run(f"{shlex.join(words)} >&- 2>&-", shell=True)
     assert done.returncode == 0 and (tmp_path / "model.safetensors").exists()
 
 
-def test_train_gives_up_its_lock(flags, tmp_path):
+def test_train_names_a_max_tokens_that_works_and_gives_up_its_lock(flags, tmp_path):
     """Also while the error that ended the run is still held."""
-    with pytest.raises(UserError) as held:
-        run(tmp_path, flags, max_tokens=5)
-    assert run(tmp_path, flags, max_steps=1, resume="auto") == 0 and held
-
-
-def test_train_names_a_max_tokens_that_works(flags, tmp_path):
-    common = dict(flags, model=make_model(tmp_path / "model", MOE), output_router_logits=True, max_steps=5)
+    model, out = make_model(tmp_path / "model", MOE), tmp_path / "out"
+    common = flags | dict(model=model, output_router_logits=True, max_steps=5)
     with pytest.raises(UserError, match="--max_tokens 30") as refused:
-        run(tmp_path / "refused", common, max_tokens=30)
+        run(out, common, max_tokens=30)
     needed = max(map(int, re.findall(r"\d+", str(refused.value))))
-    assert run(tmp_path / "enough", common, max_tokens=needed) == 0
+    assert run(out, common, max_tokens=needed) == 0 and refused
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2155,54 +2039,30 @@ def test_train_schedules_are_transformers(kind, warmup, given):
         theirs.step()
 
 
-def plain_step(model, pairs, beta, prompt_loss):
-    """What a step of these pairs logs, by plain passes over one sequence at a time."""
-    sft, means = [], []
-    for prompt, chosen, rejected in pairs:
-        for response in (chosen, rejected):
-            ids = torch.tensor([[*prompt, *response]])
-            scores = model.logits(ids)[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            means.append(scores[len(prompt) - 1 :].mean())
-            if response is chosen:
-                sft.append(scores if prompt_loss else scores[len(prompt) - 1 :])
-    chosen, rejected = torch.stack(means).view(-1, 2).unbind(1)
-    ratio = chosen - torch.log(-torch.expm1(chosen)) - rejected + torch.log(-torch.expm1(rejected))
-    nll, preference = -torch.cat(sft).mean(), F.logsigmoid(ratio).mean()
-    loss = nll - beta * preference
-    norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
-    values = {"rewards/margins": beta * (chosen - rejected).mean(), "logps/rejected": rejected.mean(),
-              "loss": loss, "nll_loss": nll, "log_odds_ratio": preference, "grad_norm": norm}
-    return {name: value.item() for name, value in values.items()}
-
-
 @pytest.mark.parametrize("max_tokens, beta, prompt_loss", [(75, 0.7, True), (999, 0.7, False), (75, 0, True)])
-def test_train_each_step_is_the_mean_over_its_own_pairs(flags, tmp_path, max_tokens, beta, prompt_loss):
-    """All of an epoch, the last with one pair, at weights that hardly move; small packs, or one a step."""
-    given = dict(max_tokens=max_tokens, beta=beta, prompt_loss=prompt_loss, learning_rate=1e-12, eval_pairs=0)
+def test_train_a_step_is_adamw_on_the_mean_over_its_pairs(flags, tmp_path, max_tokens, beta, prompt_loss):
+    """All of an epoch, the last step with one pair, by plain passes; small packs, or one a step. Matrices
+    alone decay, the norm is logged as before clipping, the learning rate as it is used."""
+    given = dict(max_tokens=max_tokens, beta=beta, prompt_loss=prompt_loss, eval_pairs=0, weight_decay=1.0)
+    given |= dict(max_grad_norm=0.25, adam_beta1=0.8, adam_beta2=0.98, adam_epsilon=1e-3)
     run(tmp_path, flags | given, max_steps=6)
-    pairs = tokenize_pairs(read_pairs(flags["data"]), demo_tokenizer())
-    model = Transformer.from_pretrained(tmp_path)
+    pairs, model = tokenize_pairs(read_pairs(flags["data"]), demo_tokenizer()), load(flags["model"])
+    groups = [dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=1.0),
+              dict(params=[p for p in model.parameters() if p.ndim == 1], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.8, 0.98), eps=1e-3)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 3))
     for line in lines(tmp_path):
         indices = data.step_indices(26, 5, 0, line["step"] - 1)[0]
-        assert len(indices) == (1 if line["step"] == 6 else 5)
-        expected = plain_step(model, [pairs[i] for i in indices], beta, prompt_loss)
-        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_train_weight_decay_clipping_and_the_learning_rate_that_is_used(flags, tmp_path, monkeypatch):
-    seen, decay, real = [], set(), torch.optim.AdamW.step
-
-    def step(optimizer):
-        used = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        decay.update((p.ndim, group["weight_decay"]) for p, group in used)
-        seen.append((used[0][1]["lr"], torch.nn.utils.get_total_norm([p.grad for p, _ in used]).item()))
-        return real(optimizer)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    run(tmp_path, flags, max_steps=4, weight_decay=0.1, max_grad_norm=0.25)
-    logged = [(line["learning_rate"], line["grad_norm"]) for line in curve(tmp_path, "loss")]
-    assert decay == {(2, 0.1), (1, 0)} and min(norm for _, norm in logged) > 0.3  # before clipping
-    assert seen == [(rate, pytest.approx(0.25, rel=1e-4)) for rate, _ in logged] and logged[0][0] == 3e-3 / 3
+        expected = plain_metrics(model.logits, [pairs[i] for i in indices], beta, prompt_loss)
+        expected[0].backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        numbers = [*expected.tolist(), norm.item(), *warmup.get_last_lr()[:1]]
+        logged = [line[name] for name in (*METRICS, "grad_norm", "learning_rate")]
+        assert logged == pytest.approx(numbers, rel=1e-4, abs=1e-5) and norm > 0.3
+        optimizer.step()
+        optimizer.zero_grad()
+        warmup.step()
+    close(dict(load(tmp_path).named_parameters()), dict(model.named_parameters()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2253,12 +2113,19 @@ def test_train_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     train.check_whole(f"{tmp_path}/checkpoint-2")
 
 
-@pytest.mark.parametrize("error", ["MemoryError", "torch.OutOfMemoryError('CUDA')",
-                                   'RuntimeError("DefaultCPUAllocator: can\'t allocate memory")'])
-def test_train_a_full_memory_is_a_line(flags, tmp_path, error):
-    before = f"import orpo, torch\ndef full(*a):\n    raise {error}\norpo.orpo_loss = full"
+FAULTS = {  # what a step raises: what the line says
+    "MemoryError": "the memory is full; lower --max_tokens", "torch.OutOfMemoryError('CUDA')": "--max_tokens",
+    'RuntimeError("DefaultCPUAllocator: can\'t allocate memory")': "--max_tokens",
+    "type('E', (RuntimeError,), {'__module__': 'torch._inductor.exc'})('no g++')": "--compile needs a C",
+    "ValueError('a mistake of ours')": ""}  # its traceback
+
+
+@pytest.mark.parametrize("error", FAULTS)
+def test_train_explains_what_is_not_its_fault(flags, tmp_path, error):
+    before = f"import orpo, torch\ndef fault(*a):\n    raise {error}\norpo.orpo_loss = fault"
     status, _, errors = finish(start(tmp_path, flags, before=before))
-    assert status == 1 and re.fullmatch("train.py: .*memory.*--max_tokens.*\n", errors), errors
+    line = "train.py: .*" + re.escape(FAULTS[error]) + ".*\n"
+    assert status == 1 and bool(re.fullmatch(line, errors)) == bool(FAULTS[error]), errors
 
 
 def test_train_sigint_before_the_loop_needs_no_traceback(flags, tmp_path):
@@ -2313,17 +2180,15 @@ def test_sample_chat_keeps_its_history_and_survives_errors(model, tmp_path, monk
     assert "too long" in errors and errors.count("Ctrl-C stops an answer") == 2
 
 
-def test_sample_chat_survives_bytes_that_cannot_be_streamed(tmp_path, monkeypatch, capsys):
+def test_sample_survives_bytes_that_cannot_be_streamed(monkeypatch, capsys):
     """With byte fallback, tokenizers' stream raises "Invalid prefix encountered" at the token after them."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"hi": 256}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
     backend.decoder = tokenizers.decoders.ByteFallback()
-    backend.add_special_tokens(["</s>"])
-    model = make_model(tmp_path, SHAPE | dict(vocab_size=258), Tokenizer(backend, {"eos_token": "</s>"}))
     tokens = [[0xC3], [0xB8], [0x96], [0xC3], [0xFF], [256]]
     monkeypatch.setattr(sample, "generate", lambda *arguments, **choice: iter(tokens))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    assert not ask(model) and capsys.readouterr().out.count("hi") >= 2
+    said = sample.answer(None, Tokenizer(backend, {}), [256], {})
+    assert said.endswith("hi") and capsys.readouterr().out.endswith("hi\n")
 
 
 def test_sample_file_is_answered_in_its_order_as_one_by_one(model, tmp_path, monkeypatch, capsys):
@@ -2365,13 +2230,6 @@ def test_sample_an_interrupted_file_keeps_the_first_answers(model, tmp_path, mon
     assert [row["prompt"] for row in lines(tmp_path, "a.jsonl")] == ["a", "b"]
 
 
-def test_sample_a_huge_limit_takes_no_memory(model, monkeypatch):
-    picks = iter([65] * 20 + [EOS])
-    monkeypatch.setattr(sample, "pick", lambda logits, **choice: torch.tensor([next(picks)]))
-    ask(model, prompt="hi", max_new_tokens=10**9)
-    assert not list(picks)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Bad input to both programs: one line that names the place, and nothing damaged
 
@@ -2384,7 +2242,8 @@ FLAGS = {  # the line names the first word
     sample: """--promt x; --temperature nan; --top_p 0; --seed -1; --max_new_tokens 0; --output x;
         --prompts y --prompt x"""}
 OTHERS = {"--learningrate 1": "--learning_rate", "--max_step 1": "--max_steps", "--model m": "--data",
-          "--per_device_train_batch_size 8": "--batch_size", "--data d": "--model"}
+          "--per_device_train_batch_size 8": "--batch_size", "--data d": "--model",
+          "--eval_data d --max_steps 0": "--model"}
 CASES = [(program, words, words.split()[0]) for program in FLAGS for words in FLAGS[program].split(";")]
 
 
@@ -2396,9 +2255,6 @@ def test_train_and_sample_refuse_flags(tmp_path, monkeypatch, program, words, na
     assert refused.value.status == 2 and "\n" not in str(refused.value) and not os.listdir(tmp_path)
 
 
-NO_TOOL = "{{ raise_exception('no tool') if messages[0].role == 'tool' else messages[-1].content }}"
-TOOL = dict(conversation(), prompt=[turn("tool", "q")])
-REFUSED = {"c.jsonl": [conversation(), TOOL], "model/chat_template.jinja": NO_TOOL}
 OVER = dict(output_dir="run", overwrite_output_dir=True)  # in `run` is a run of two steps
 ON = dict(output_dir="run", resume=True)
 BAD_RUNS = {  # name: files written first, flags, what the line names
@@ -2409,17 +2265,14 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "train: its data would go": ({"run/checkpoint-2/d": "x"}, OVER | dict(data="run/checkpoint-2/d"), "disc"),
     "train: only damage to resume": ({"run/checkpoint-2/state.json": "{}"}, ON, "checkpoint"),
     "train: another beta": ({}, ON | dict(beta=0.2), "--beta"),
-    "train: a hub without network": ({}, dict(model="owner/name"), "owner/name"),
     "train: ids beyond the model": ({}, dict(model="few"), "100"),
     "train: another family": ({"model/config.json": '{"model_type": "t5"}', "b.jsonl": "{"},
                               dict(data="b.jsonl"), "t5.*llama"),  # said before data are read
     "train: too few positions": ({}, dict(model="short"), "--max_length"),
-    "train: no end of sequence": ({"model/tokenizer_config.json": "{}"}, {}, "eos|end-of-sequence"),
-    "train: a template refuses": (REFUSED, dict(data="c.jsonl"), "c.jsonl.* 2"),
+    "train: adapters of joined layers": ({}, dict(model="short", max_length=9, lora_r=2), "--lora_r.*c_attn"),
     "train: a package is missing": ({}, dict(report_to="tensorboard"), "pip install tensorboard"),
     "train: an upload without network": ({}, dict(push_to_hub="me/mine", max_steps=1), "--push_to_hub"),
     "sample: broken JSON": ({"p.jsonl": '{"prompt": "x"}\n{"prompt": \n'}, {}, "p.jsonl, line 2"),
-    "sample: JSON too deep": ({"p.jsonl": "[" * 100_000}, {}, "p.jsonl, line 1"),
     "sample: not UTF-8": ({"p.txt": b"caf\xe9\n"}, dict(prompts="p.txt"), "p.txt"),
     "sample: nowhere to write": ({"p.jsonl": [PAIR]}, dict(output="no/a.jsonl"), "--output|no/a.jsonl"),
     "sample: a system without template": ({"p.jsonl": [PAIR]}, dict(raw=True, system="y"), "--system"),
@@ -2441,7 +2294,6 @@ def scene(tmp_path_factory, flags):
 def test_train_and_sample_bad_run(scene, tmp_path, monkeypatch, name):
     (files, flags, named), here = BAD_RUNS[name], shutil.copytree(scene, tmp_path / "here")
     monkeypatch.chdir(here)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for path, content in files.items():
         put(here / path, content)
@@ -2452,15 +2304,6 @@ def test_train_and_sample_bad_run(scene, tmp_path, monkeypatch, name):
         train.main(command(defaults | flags)) if name.startswith("train") else ask(**(answers | flags))
     assert refused.value.status == 1 and "\n" not in str(refused.value)
     assert listing(here).items() >= before.items()
-
-
-def test_train_says_which_files_and_form_it_reads(flags, tmp_path, capsys):
-    rows = [dict(question=f"q{i}", chosen="a b", rejected="a c") for i in range(4)]
-    for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl"):
-        put(tmp_path / "set" / name, rows)
-    run(tmp_path / "out", flags, data=tmp_path / "set", dry_run=True)
-    said = "['set/train-1.jsonl', 'set/train-2.jsonl']: messages with the prompt in question\n  8 rows read"
-    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank, count", [("0", "two"), ("x", "2"), ("5", "2")])
@@ -2509,6 +2352,5 @@ def test_model_generation_waits_once_a_token(monkeypatch):
 
 
 def test_sample_ends_with_a_line_and_its_status():
-    words = [sys.executable, HERE / "sample.py", "--model", "/no/such", "--prompt", "x"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = program("sample.py", "--model", "/no/such", "--prompt", "x")
     assert done.returncode == 1 and re.fullmatch("sample.py: .*/no/such.*\n", done.stderr) and not done.stdout
