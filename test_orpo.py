@@ -2147,6 +2147,11 @@ def test_sample_pick(choice, expected):
     assert (torch.bincount(picked, minlength=4) / 20_000).tolist() == pytest.approx(expected, abs=0.015)
 
 
+def test_sample_logits_that_are_not_finite_are_a_line():
+    with pytest.raises(UserError, match="weights are broken"):
+        sample.pick(torch.full((1, 4), math.nan), temperature=1.0)
+
+
 def test_sample_streams_what_temperature_and_seed_give(model, capsys):
     """Characters in several pieces, bytes that are none; at temperature 0 the likeliest by a plain pass."""
     tokenizer, network, said = Tokenizer.from_pretrained(model), Transformer.from_pretrained(model), []

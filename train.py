@@ -225,7 +225,6 @@ class RunDirectory:
         try:
             with where(self.path / name, "could not be written; make room, then --resume"):
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
                 fill(folder)
                 for path in [*folder.rglob("*"), folder]:
                     flush(path)
@@ -429,7 +428,7 @@ def spread(model, flags, ranks):
         half = flags.dtype == "bfloat16" and not flags.shard  # FSDP wants one dtype
         model.load(ranks.device, torch.bfloat16 if half else torch.float32)
     model.start_adapters(flags.seed)
-    model.to(ranks.device).train()
+    model.to(ranks.device)
     model.gradient_checkpointing = flags.gradient_checkpointing
     for block in model.model.layers if flags.compile else ():
         block.compile(dynamic=True)  # one graph for all blocks and all lengths of a pack
