@@ -163,11 +163,11 @@ class Cache:
         self.used, self.positions = used, positions
         self.place = torch.arange(len(positions), device=positions.device)[:, None], positions
         if len(positions) == 1:  # one sequence ends where its keys do: it needs no mask
-            self.positions, self.place = None, (0, slice(used - positions.shape[1], used))
+            self.positions, self.place = None, (slice(None), slice(used - positions.shape[1], used))
         return self
 
     def __call__(self, module, q, k, v):
-        keys, values = self.kept.get(module, (k[:, :0], v[:, :0]))
+        keys, values = self.kept.get(module) or (k[:, :0], v[:, :0])
         if keys.shape[1] < self.used:
             more = (0, 0, 0, 0, 0, 2 * self.used + 64 - keys.shape[1])
             keys, values = self.kept[module] = F.pad(keys, more), F.pad(values, more)
