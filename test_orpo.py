@@ -439,6 +439,8 @@ FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as rea
     "strings, other columns": (PAIR | {"score": 1.5, "id": None, "messages": ["x"]}, "p", "good", "bad"),
     "not ASCII": (dict(prompt="你好 é", chosen="🙂", rejected="\u2028x"), "你好 é", "🙂", "\u2028x"),
     "shared words": (dict(prompt=None, chosen="It? A cat", rejected="It? A car"), "It? A", " cat", " car"),
+    "a word that goes on": (dict(chosen="It? A cat", rejected="It? A"), "It?", " A cat", " A"),
+    "a longer word": (dict(chosen="It? A cat", rejected="It? Ash tree"), "It?", " A cat", " Ash tree"),
     "shared lines": (dict(chosen="2+2?\nFour", rejected="2+2?\nFive"), "2+2?\n", "Four", "Five"),
     "nothing shared": (dict(chosen="abc d", rejected="abx d"), "", "abc d", "abx d"),
     "HH": (dict(chosen=HI + "y" + WHO + "me", rejected=HI + "y" + WHO + "I"), HI + "y" + WHO, "me", "I"),
@@ -1964,6 +1966,10 @@ def test_train_adapters_learn_resume_and_leave_both_models(flags, tmp_path):
     assert same_run(out, tmp_path / "copied")
 
 
+def test_train_router_counts_a_prompt_as_often_as_two_sequences_hold_it():
+    assert train.router_weight(pack(random_pairs([(4, 3, 2)]))).tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
+
+
 def test_train_ranks_with_different_flags_end_in_a_line(flags, tmp_path):
     ended = [finish(process) for process in ranks(tmp_path, [flags, flags | {"beta": 0.3}])]
     assert all(status and errors.count("\n") == 1 for status, _, errors in ended), ended
@@ -2165,6 +2171,13 @@ def test_sample_streams_what_temperature_and_seed_give(model, capsys):
     assert said[0] == said[1] != said[2]
     after = [network.logits(torch.tensor([ids + new[:i]]))[0, -1].argmax().item() for i in range(len(new))]
     assert new == after and sample.prompt_ids("hi", tokenizer) == tokenizer.encode("hi\n")
+
+
+def test_sample_goes_on_where_the_cache_has_to_grow(model):
+    network, ids = Transformer.from_pretrained(model), [5, 6, 7]
+    (new,) = sample.continuations(network, [ids], 200)
+    likeliest = network.logits(torch.tensor([ids + new[:-1]]))[0].argmax(-1)
+    assert new == likeliest[len(ids) - 1 :].tolist() and len(new) == 200
 
 
 def test_sample_chat_keeps_its_history_and_survives_errors(model, tmp_path, monkeypatch, capsys):
