@@ -2173,8 +2173,8 @@ def test_sample_streams_what_temperature_and_seed_give(model, capsys):
     assert new == after and sample.prompt_ids("hi", tokenizer) == tokenizer.encode("hi\n")
 
 
-def test_sample_goes_on_where_the_cache_has_to_grow(model):
-    network, ids = Transformer.from_pretrained(model), [5, 6, 7]
+def test_sample_goes_on_where_the_cache_has_to_grow(checkpoint):
+    network, ids = load(checkpoint("llama")), [5, 6, 7]
     (new,) = sample.continuations(network, [ids], 200)
     likeliest = network.logits(torch.tensor([ids + new[:-1]]))[0].argmax(-1)
     assert new == likeliest[len(ids) - 1 :].tolist() and len(new) == 200
