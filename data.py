@@ -82,7 +82,7 @@ class Batch:
 def pack(pairs, *, prompt_loss=True):
     """(prompt, chosen, rejected) ids of N pairs -> Batch. Without prompt_loss prompts are not scored."""
     inputs, targets, positions, owner, kv_index, start = [], [], [], [], [], 0
-    counts, queries, keys = [], [], []  # of scored targets, a row a pair; lengths, two a pair
+    counts, queries, keys = [], [], []  # scored targets, a row a pair; lengths of segments, two a pair
     for n, (prompt, chosen, rejected) in enumerate(pairs):
         p, c, r = len(prompt) - 1, len(chosen), len(rejected)
         inputs += [prompt[:-1], prompt[-1:], chosen[:-1], prompt[-1:], rejected[:-1]]
@@ -369,6 +369,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """texts -> lists of ids, computed on all cores."""
+        # lone surrogates, which are no text
         texts = [text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
         with where("the tokenizer cannot encode a text"):  # it may have no token for unknown words
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -377,8 +378,9 @@ class Tokenizer:
     def decode(self, ids, after=()):
         """ids -> text, special tokens included: what they add to the text of those that they stand `after`.
         Decoded alone, they could lose the space before their first word."""
-        before, whole = (self.backend.decode(list(part), False) for part in (after, [*after, *ids]))
-        return whole[len(before) :]
+        before, text = (self.backend.decode(part, skip_special_tokens=False)
+                        for part in ([*after], [*after, *ids]))
+        return text[len(before) :]
 
     def apply_chat_template(self, messages, add_generation_prompt=False, **options):
         """messages -> text, as transformers renders it; options: more names for the template. Raises
@@ -660,7 +662,7 @@ def _shared_turns(prompt, chosen, rejected):
 def _shared_text(chosen, rejected):
     """Whole texts -> prompt, chosen, rejected: the prompt ends with the last shared "\\n\\nAssistant:" after
     which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word boundary that both have."""
-    lengths = range(min(len(chosen), len(rejected)))
+    lengths = range(min(len(chosen), len(rejected)))  # by bisection, not letter by letter: texts are long
     prompt = chosen[: bisect_left(lengths, True, key=lambda n: chosen[: n + 1] != rejected[: n + 1])]
     shared = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", prompt) or re.match(r"(?s)(.*\s)?", prompt)
     end = len(shared[0].removesuffix(" "))  # that space is part of the next word

@@ -395,7 +395,7 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if "lora_" in name:
-                limit = parameter.shape[1] ** -0.5 * name.endswith("lora_A")
+                limit = parameter.shape[1] ** -0.5 if name.endswith("lora_A") else 0.0
                 assign(parameter, torch.empty(parameter.shape).uniform_(-limit, limit, generator=generator))
 
     def hidden(self, tokens, positions, layout, weight=None):
