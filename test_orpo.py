@@ -2088,10 +2088,13 @@ def test_train_leaves_out_a_step_without_a_finite_gradient(flags, tmp_path, monk
 
 
 def test_train_ends_after_five_such_steps_and_names_the_checkpoint_before(flags, tmp_path, monkeypatch):
-    on_step(monkeypatch, lambda step: math.nan if step in (2, 4, 5, 6, 7, 8) else None)
-    with pytest.raises(UserError, match="step 8.*checkpoint-3"):
-        run(tmp_path, flags, max_steps=20, save_steps=1, logging_steps=4)
-    assert list(train.checkpoints(tmp_path)) == [1, 3]
+    """Also where they are looked at late, after finite ones."""
+    for out, looks, line in (("a", dict(save_steps=1, logging_steps=4), "step 8.*checkpoint-3"),
+                             ("b", dict(save_steps=0, logging_steps=10), "step 8.*none")):
+        on_step(monkeypatch, lambda step: math.nan if step in (2, 4, 5, 6, 7, 8) else None)
+        with pytest.raises(UserError, match=line):
+            run(tmp_path / out, flags, max_steps=20, **looks)
+    assert list(train.checkpoints(tmp_path / "a")) == [1, 3]
 
 
 def test_train_a_short_run_without_a_finite_step_fails(flags, tmp_path):

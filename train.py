@@ -645,9 +645,10 @@ def report_bad(run):
         if not finite:
             rows = run.pairs.rows[indices].tolist()
             run.ranks.say(f"step {step}: no finite gradient, the weights stay as they are; rows {rows}")
-    run.unseen, kept = [], ", ".join(checkpoints(run.flags.output_dir).values()) or "none"
-    refuse((run.in_a_row >= min(BAD_STEPS, run.total), f"step {step}: {run.in_a_row} such steps in a row; "
-            f"try a lower --learning_rate. Checkpoints: {kept}"))
+            kept = ", ".join(checkpoints(run.flags.output_dir).values()) or "none"
+            refuse((run.in_a_row >= min(BAD_STEPS, run.total), f"step {step}: {run.in_a_row} such steps in a "
+                    f"row; try a lower --learning_rate. Checkpoints: {kept}"))
+    run.unseen = []
 
 
 def reporter(flags, ranks):
