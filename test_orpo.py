@@ -1902,9 +1902,11 @@ def test_train_a_signal_finishes_the_step_saves_and_ends(
 
 @pytest.mark.parametrize("number, status, left", [(signal.SIGTERM, 143, 1), (signal.SIGKILL, 1, 0)])
 def test_train_what_one_rank_meets_ends_all(flags, tmp_path, number, status, left):
-    """SIGTERM: none ends before the checkpoint is whole: torchrun would kill the rest. SIGKILL: one line."""
+    """SIGTERM: none ends before the checkpoint is whole: torchrun would kill the rest. SIGKILL: one line. No
+    rank comes to Python's end, where gloo's threads may abort it."""
     endless = dict(flags, eval_steps=0, save_steps=0, logging_steps=5, max_steps=10_000)
-    first, second = ranks(tmp_path, [endless] * 2, before=SLOW_WRITE)
+    before = SLOW_WRITE + "import atexit\natexit.register(os.abort)\n"
+    first, second = ranks(tmp_path, [endless] * 2, before=before)
     while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("*.jsonl")):
         time.sleep(0.002)
     second.send_signal(number)
@@ -1996,18 +1998,27 @@ def test_train_evaluates_a_model_as_it_is(flags, model, tmp_path):
     assert told[0]["eval_loss"] != told[1]["eval_loss"] and not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch):
-    from types import SimpleNamespace
+@pytest.mark.parametrize("kind, module, opener", [
+    ("wandb", "wandb", "init"), ("tensorboard", "torch.utils.tensorboard", "SummaryWriter")])
+def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch, kind, module, opener):
+    class Reporter:
+        def __init__(self, directory="", **more):
+            self.opened, self.told, reporters[:] = {"directory": directory} | more, [], [self]
 
-    begun, told = {}, []
-    log = lambda metrics, step: told.append((step, *metrics))
-    wandb = SimpleNamespace(init=lambda **more: begun.update(more), log=log)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *error: self.told.append("closed")
+        log = lambda self, metrics, step: self.told.append((step, *metrics))
+        add_scalar = lambda self, key, value, step: self.told.append((step, key))
+
+    reporters = []
+    monkeypatch.setitem(sys.modules, module, type("", (), {opener: Reporter}))
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    run(tmp_path, flags, max_steps=1, report_to="wandb", run_name="first")
-    assert (begun["project"], begun["name"]) == ("mine", "first")
-    assert [step for step, *_ in told] == [0, 1, 1]
-    assert "eval/loss" in told[0] and "train/grad_norm" in told[1] and "eval/rewards/margins" in told[2]
+    run(tmp_path, flags, max_steps=1, report_to=kind, run_name="first")
+    opened, told = reporters[0].opened, reporters[0].told
+    assert opened["directory"] == str(tmp_path / "runs/first") or opened["project"] == "mine"
+    names = [(line[0], name) for line in told[:-1] for name in line[1:]]
+    assert told[-1] == "closed" and {step for step, _ in names} == {0, 1}
+    assert {(0, "eval/loss"), (1, "train/grad_norm"), (1, "eval/rewards/margins")} < {*names}
 
 
 def test_train_with_closed_streams(flags, tmp_path):

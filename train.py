@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -462,7 +462,7 @@ class Run:
     finite gradient; indices of the pairs; clock, its time.  unseen: (step, its pairs, was it finite?) of the
     steps that report_bad has not looked at; in_a_row: how many up to there were not finite."""
 
-    def __init__(self, flags, ranks, directory, tokenizer, model, parts):
+    def __init__(self, flags, ranks, directory, tokenizer, model, parts, ending):
         self.flags, self.ranks, self.directory, self.tokenizer = flags, ranks, directory, tokenizer
         self.model, (self.pairs, *self.held_out), cuda = model, parts, ranks.device.type == "cuda"
         self.fingerprint = [zlib.crc32(p.tokens.tobytes(), zlib.crc32(p.ends.tobytes())) for p in parts]
@@ -482,7 +482,7 @@ class Run:
         self.names = METRICS + ("aux_loss",) * bool(aux and model.config.moe_layers)
         gpu = torch.cuda.get_device_name(ranks.device) if cuda and flags.dtype == "bfloat16" else ""
         self.peak = sum(flops for name, flops in PEAK.items() if re.search(rf"\b{name}\b", gpu))
-        self.report = reporter(flags, ranks)
+        self.report = reporter(flags, ranks, ending)
         self.unseen, self.in_a_row, self.signal = [], 0, 0
         self.new_line()
         ranks.say(f"{parameters:,} parameters, {len(self.pairs)} pairs, {self.total} steps, {flags.dtype} on "
@@ -651,8 +651,9 @@ def report_bad(run):
     run.unseen = []
 
 
-def reporter(flags, ranks):
-    """log(metrics, step) for --report_to, under transformers' names: train/loss, eval/loss."""
+def reporter(flags, ranks, ending):
+    """report(metrics, step) for --report_to, under transformers' names: train/loss, eval/loss. The ExitStack
+    `ending` closes what this opens, or its last lines would be lost."""
     name, kind = flags.run_name or os.path.basename(os.path.abspath(flags.output_dir)), flags.report_to
     if kind == "none" or not ranks.first:
         return lambda metrics, step: None
@@ -660,21 +661,22 @@ def reporter(flags, ranks):
         if kind == "wandb":
             import wandb
 
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "orpo"), name=name, config=asdict(flags))
+            project = os.environ.get("WANDB_PROJECT", "orpo")
+            log = ending.enter_context(wandb.init(project=project, name=name, config=asdict(flags))).log
         else:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(os.path.join(flags.output_dir, "runs", name))
+            writer = ending.enter_context(SummaryWriter(os.path.join(flags.output_dir, "runs", name)))
 
-    def log(metrics, step):
+    def report(metrics, step):
         evaluated = "eval_loss" in metrics
         named = {f"eval/{key[5:]}" if evaluated else f"train/{key}": metrics[key] for key in metrics}
         if kind == "wandb":
-            return wandb.log(named, step=step)
+            return log(named, step=step)
         for key, value in named.items():
             writer.add_scalar(key, value, step)
 
-    return log
+    return report
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -786,7 +788,9 @@ def main(arguments):
     flags, given = parse(arguments)
     ranks, begun = Ranks(flags.ddp_timeout), time.perf_counter()
     directory = RunDirectory(flags.output_dir) if ranks.first and not flags.dry_run else None
-    with directory.record if directory else nullcontext():  # the lock is given up with it
+    with ExitStack() as ending:
+        if directory:
+            ending.enter_context(directory.record)  # the lock is given up with it
         # -- what can be wrong with flags, model and pairs, before any weights are read
         flags, checkpoint = start_up(flags, given, ranks, directory)
         cuda = ranks.device.type == "cuda"
@@ -802,7 +806,7 @@ def main(arguments):
             return 0
 
         # -- on the device
-        run = Run(flags, ranks, directory, tokenizer, model, parts)
+        run = Run(flags, ranks, directory, tokenizer, model, parts, ending)
         network, optimizer, trained = run.network, run.optimizer, [*run.trained.values()]
         start = restore(checkpoint, run) if checkpoint else 0
         signal.signal(signal.SIGTERM, run.ask)
@@ -888,11 +892,8 @@ if __name__ == "__main__":
     advice = "lower --max_tokens or add --gradient_checkpointing; neither changes the result"
     status = data.run_program("train.py", main, advice, explain)
     sys.stdout.flush()
-    failed = 0 < status < 128
-    if dist.is_initialized() and not failed:
+    if dist.is_initialized() and not 0 < status < 128:  # of a failed run the others may be gone or waiting
         dist.destroy_process_group()
-    if failed or os.environ.get("RANK", "0") != "0":
-        # At once: the other ranks may be gone or waiting, and gloo's threads have been seen to outlive
-        # Python's end, which aborted a rank that had done all its work.
+    if "RANK" in os.environ:  # gloo's threads outlive that, and have aborted ranks when Python's end met them
         os._exit(status)
     sys.exit(status)
