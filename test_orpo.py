@@ -1842,7 +1842,8 @@ def test_train_a_checkpoint_that_was_tampered_with_is_refused_or_works(whole, tm
     original, chance, outcomes = whole / "checkpoint-2", random.Random(0), set()
     contents = {name: read_json(str(original / name)) for name in ("state.json", "train_config.json")}
     contents["optimizer.safetensors"] = load_file(original / "optimizer.safetensors")
-    for name, key in [(name, key) for name in contents for key in contents[name]]:
+    keys = [(name, key) for name in contents for key in contents[name]]
+    for name, key in [(name, key) for name, key in keys if "layers" not in key or "layers.1.mlp" in key]:
         checkpoint = shutil.copytree(original, tmp_path / name / key / "checkpoint-2")
         if name == "optimizer.safetensors":
             save_file(contents[name] | {key: torch.zeros(3)}, checkpoint / name)
