@@ -2016,7 +2016,8 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch, ki
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(tmp_path, flags, max_steps=1, report_to=kind, run_name="first")
     opened, told = reporters[0].opened, reporters[0].told
-    assert opened["directory"] == str(tmp_path / "runs/first") or opened["project"] == "mine"
+    place = opened["directory"] if kind == "tensorboard" else (opened["project"], opened["name"])
+    assert place == (str(tmp_path / "runs/first") if kind == "tensorboard" else ("mine", "first"))
     names = [(line[0], name) for line in told[:-1] for name in line[1:]]
     assert told[-1] == "closed" and {step for step, _ in names} == {0, 1}
     assert {(0, "eval/loss"), (1, "train/grad_norm"), (1, "eval/rewards/margins")} < {*names}
