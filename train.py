@@ -1,18 +1,21 @@
-"""Train a model with ORPO: a script, in the order in which things happen.
+"""Train a model with ORPO.
 
     python train.py                                  # the built-in demo, on a CPU, in a minute
     python train.py --model MODEL --data FILE        # a Hugging Face directory or hub id, preference pairs
     torchrun --nproc_per_node=8 train.py --model MODEL --data FILE
-    python train.py --resume                         # go on exactly where the newest checkpoint ended
+    python train.py --resume                         # continue exactly where the newest checkpoint ended
     python train.py --model MODEL --eval_data FILE --max_steps 0      # evaluate without training
     python train.py --help                           # every flag, its default and unit
+
+In reading order: the flags, the training loop, then the functions it calls, in the order of the calls.
 
 The trajectory does not depend on the hardware: a step is the next `batch_size` pairs of the epoch's order,
 however many packs, micro-steps and ranks compute it, and its losses are sums divided once by the counts of
 the whole step.
 """
+import argparse
 import fcntl
-import hashlib
+import inspect
 import json
 import math
 import os
@@ -23,13 +26,13 @@ import signal
 import sys
 import time
 import zlib
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-# Before torch: threads that spin while they wait slow shared cores down.
+# Before importing torch: threads that spin while they wait slow shared cores down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -40,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from data import FlagError, UserError, checked_flags, parse_flags, read_json, refuse, where, write_json
+from data import PARTS, PREFIX, UserError, read_json, where, write_json
 from model import Config, Transformer, assign, find_tensors, read_tensor, whole, write_tensors
-from orpo import METRICS, orpo_loss
+from orpo import orpo_loss
 from sample import continuations
 
 # -----------------------------------------------------------------------------------------------------------
@@ -51,489 +54,839 @@ from sample import continuations
 
 @dataclass
 class Flags:
-    beta: float = 0.1  # weight of L_OR: lambda in the paper, alpha in the authors' code; 0: plain SFT
-    prompt_loss: bool = True  # L_SFT over prompt + chosen (authors' code, TRL); --no-: over chosen (paper)
-    output_router_logits: bool = False  # experts: the balancing loss, unasked by config.json too
-    batch_size: int = 32  # pairs per optimizer step, over all devices
-    weight_decay: float = 0.0  # decoupled; matrices only, not norms and biases
-    adam_beta1: float = 0.9  # decay of the first moment
-    adam_beta2: float = 0.999  # decay of the second moment
-    adam_epsilon: float = 1e-8  # added to the root of the second moment
-    max_length: int = 1024  # tokens of the longest prompt + response
-    max_prompt_length: int = None  # what a prompt is cut to beyond --max_length (default: half of it)
-    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"  # which end of a cut prompt stays
-    chat_template: str = ""  # a file with a jinja template, in place of the model's own
-    prompt_column: str = ""  # where the prompt stands, if in no column of a usual name; none: nowhere
-    eval_pairs: int = None  # held out of --data (default: a tenth, at most 200; none with --eval_data)
-    dtype: Literal["bfloat16", "float32"] = None  # of products, not of weights (default: the GPU's)
-    seed: int = 0  # of the epochs' orders, the demo's weights and adapters
-    lora_r: int = 0  # rank of adapters (LoRA), trained in place of the model, which stays frozen; 0: none
-    lora_alpha: float = 16.0  # adapters' updates are scaled by lora_alpha / lora_r
-    _: KW_ONLY  # a resumed run may change what follows
+    # the model and the data
     model: str = ""  # directory or hub id; without --model and --data: the demo
     revision: str = ""  # branch, tag or commit of a hub id, such as refs/pr/1
-    data: list = ()  # pairs: .jsonl, .jsonl.gz, .json, .parquet, or a hub id[:split]; several: in turn
+    data: list = ()  # preference pairs: .jsonl, .jsonl.gz, .json, .parquet files, or hub ids, id[:split]
     eval_data: list = ()  # pairs to evaluate on, in the same forms
+    eval_pairs: int = None  # held out of --data (default: a tenth, at most 200; none with --eval_data)
+    prompt_column: str = ""  # where the prompt stands, if in no column of a usual name; none: nowhere
+    chat_template: str = ""  # file with a jinja template, in place of the model's own
+    max_length: int = 1024  # tokens of the longest prompt + response
+    max_prompt_length: int = None  # what a prompt is cut to beyond --max_length (default: half of it)
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"  # which end of a cut prompt is kept
+
+    # the method
+    beta: float = 0.1  # weight of L_OR: lambda in the paper, alpha in the authors' code; 0: plain SFT
+    prompt_loss: bool = True  # L_SFT over prompt + chosen (authors' code, TRL); --no-: over chosen (paper)
+    output_router_logits: bool = False  # mixtures of experts: add the load-balancing loss
+    lora_r: int = 0  # rank of LoRA adapters, trained in place of the frozen model; 0: train the model
+    lora_alpha: float = 16.0  # the adapters' updates are scaled by lora_alpha / lora_r
+
+    # the optimizer and its schedule
+    batch_size: int = 32  # pairs per optimizer step, over all devices
     learning_rate: float = None  # AdamW's peak (default: 5e-6 sqrt(7e9 / parameters), to 1e-3; LoRA 2e-4)
     lr_scheduler_type: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"  # after the warmup
     warmup_steps: int = 0  # steps from 0 to the peak; over --warmup_ratio if positive
     warmup_ratio: float = 0.1  # the same as a fraction of all steps
+    weight_decay: float = 0.0  # decoupled; of matrices, not of norms and biases
+    adam_beta1: float = 0.9  # decay of the first moment
+    adam_beta2: float = 0.999  # decay of the second moment
+    adam_epsilon: float = 1e-8  # added to the root of the second moment
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     num_train_epochs: float = 3.0  # passes over the pairs
-    max_steps: int = None  # optimizer steps, over --num_train_epochs; 0: evaluate the model as it is, and end
-    max_tokens: int = 8192  # tokens per pack per device: the memory knob, without effect on the result
+    max_steps: int = None  # optimizer steps, over --num_train_epochs; 0: only evaluate the model
+    seed: int = 0  # of the epochs' orders, the demo's weights and the adapters
+
+    # speed and memory: no effect on the result, up to rounding
+    dtype: Literal["bfloat16", "float32"] = None  # of matrix products, not of weights (default: the GPU's)
+    max_tokens: int = 8192  # tokens per pack and device: the memory knob
     gradient_checkpointing: bool = False  # recompute blocks in the backward: a quarter more time, less memory
     compile: bool = False  # torch.compile the blocks: faster on GPUs after a minute's start
-    shard: bool = False  # weights, gradients and moments spread over the ranks (FSDP2), not copied (DDP)
+    shard: bool = False  # spread weights, gradients and moments over the ranks (FSDP2) instead of DDP
     ddp_timeout: int = 7200  # seconds that ranks wait for each other, such as for the first one's tokenizing
+
+    # the run
     output_dir: str = "out"  # metrics.jsonl, checkpoints and the final model go here
-    overwrite_output_dir: bool = False  # discard the run that --output_dir holds
-    resume: Literal["no", "yes", "auto"] = "no"  # go on from the newest checkpoint; auto: or start afresh
-    config: str = ""  # a JSON file of flags, such as a run's train_config.json; the command line wins
-    run_name: str = None  # for --report_to (default: the name of --output_dir)
+    overwrite_output_dir: bool = False  # remove the run that --output_dir holds
+    resume: bool = False  # continue from the newest checkpoint with its flags; without one, start the run
+    config: str = ""  # JSON file of flags, such as a run's train_config.json; the command line wins
     logging_steps: int = 10  # steps per line of metrics.jsonl, which gives their mean
     eval_steps: int = None  # steps between evaluations, also before and after; 0: none (default: a tenth)
-    save_steps: int = 500  # steps between checkpoints; there is always one at the end; 0: none at all
-    save_total_limit: int = 2  # checkpoints kept, the newest ones; 0: all
-    save_dtype: Literal["bfloat16", "float16", "float32", "float64"] = None  # final (default: as before)
     generate_during_eval: int = 2  # answers shown at each evaluation and kept in samples.jsonl
+    save_steps: int = 500  # steps between checkpoints; there is always one at the end; 0: none at all
+    save_total_limit: int = 2  # newest checkpoints kept; 0: all
+    save_dtype: Literal["bfloat16", "float16", "float32", "float64"] = None  # final (default: as before)
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log to
-    push_to_hub: str = ""  # repository to upload the final model to, with a model card
+    run_name: str = ""  # for --report_to (default: the name of --output_dir)
+    push_to_hub: str = ""  # repository of the hub to upload the final model to
     dry_run: bool = False  # read and tokenize, show what would be trained of the first pairs, and end
-    debug: bool = False  # show tracebacks
+    debug: bool = False  # show the traceback behind a one-line error
 
 
-MANY = 2**31
-RANGES = dict(batch_size=(1, MANY), max_length=(2, MANY), max_prompt_length=(1, MANY), max_tokens=(1, MANY),
-              logging_steps=(1, MANY), ddp_timeout=(1, 10**7), adam_beta1=(0, 0.9999), warmup_ratio=(0, 1),
-              adam_beta2=(0, 0.999999), learning_rate=(1e-15, 1e3), adam_epsilon=(1e-30, 1),
-              num_train_epochs=(1e-9, 1e9))
-PACKED = "--batch_size counts a step's pairs; --max_tokens, without effect on the result, saves memory"
-ELSEWHERE = {  # what other trainers call things
-    "alpha": "it is --beta here", "lr": "it is --learning_rate here", "bf16": "it is --dtype bfloat16 here",
-    "resume_from_checkpoint": "it is --resume here", "model_name_or_path": "it is --model here",
-    "dataset_name": "it is --data here", "use_peft": "it is --lora_r 16 here",
-    "max_completion_length": "a response takes what --max_length leaves",
-    "per_device_train_batch_size": PACKED, "gradient_accumulation_steps": PACKED}
-# What the demo sets where nothing is said: a tiny model needs a larger rate, and shows more at a larger beta.
+# About this start of the program, not about the run: not recorded in train_config.json
+NOT_RECORDED = ("output_dir", "overwrite_output_dir", "resume", "config", "dry_run", "debug")
+POSITIVE = ("batch_size", "max_length", "max_prompt_length", "max_tokens", "logging_steps", "ddp_timeout",
+            "learning_rate", "adam_epsilon", "num_train_epochs")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "warmup_ratio")
+# The demo's own defaults: a tiny model needs a larger rate, and shows more at a larger beta.
 DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, max_steps=500, max_length=64, logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2,
                   num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
                   tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
-RECORDS = ["metrics.jsonl", "samples.jsonl", "train_config.json"]
-BAD_STEPS = 5  # this many steps in a row without a finite gradient end the run
-# dense bf16 peak, operations per second (vendors' data sheets, without sparsity; H100: the SXM card)
-PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors*"]
+BAD_STEPS = 5  # this many steps in a row without a finite loss and gradient end the run
+# Peak dense bf16 operations per second, from the vendors' data sheets (H100: the SXM card)
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
-
-def parse(arguments):
-    """Command line -> (Flags, names of those that were given). FlagError where a value cannot be right."""
-    flags, given = parse_flags(Flags, arguments, __doc__, RANGES, ELSEWHERE)
-    resumed, prompt = flags.resume != "no", flags.max_prompt_length
-    if not (flags.model or flags.data or resumed):
-        flags = replace(flags, **{name: DEMO[name] for name in DEMO.keys() - given})
-    rows, missing = flags.data or flags.max_steps == 0 and flags.eval_data, "data" if flags.model else "model"
-    refuse(
-        (not resumed and bool(flags.model) != bool(rows), f"--{missing} is missing: give both, or neither"),
-        (prompt and prompt >= flags.max_length, f"--max_prompt_length {prompt}: must be below --max_length"),
-        (resumed and flags.overwrite_output_dir, "--resume and --overwrite_output_dir contradict each other"),
-        (flags.eval_pairs and flags.eval_data, "--eval_pairs and --eval_data: give one of the two"),
-        (not flags.output_dir, "--output_dir is empty; name a directory"),
-        (flags.resume == "yes" and not checkpoints(flags.output_dir),
-         f"--resume: --output_dir {flags.output_dir} has no checkpoint"), kind=FlagError)
-    return flags, given
+# Which process this is among those that torchrun started
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Ranks: torchrun's processes.
+# The training loop.
 
 
-class Ranks:
-    """This process among those that torchrun started; one alone without it."""
+def main(arguments):
+    """Train as the command line says -> exit status. Raises UserError."""
+    flags, checkpoint = parse_flags(arguments)
+    device = init_device(flags)
+    with lock_output_dir(flags):
+        check_output_dir(flags, checkpoint)
+        with reporter(flags) as report:
+            return train(flags, checkpoint, device, report)
 
-    def __init__(self, timeout):
-        with where("torchrun's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR or MASTER_PORT"):
-            names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-            self.rank, self.count, local = (int(os.environ.get(name, usual)) for name, usual in names.items())
-            self.first, cuda = self.rank == 0, torch.cuda.is_available()
-            self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-            if cuda:
-                gpus = torch.cuda.device_count()
-                refuse((local >= gpus, f"{gpus} GPUs here; torchrun --nproc_per_node={gpus}"))
-                torch.cuda.set_device(self.device)
-            if self.count > 1:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", None, timedelta(0, timeout))
 
-    def sum(self, tensor, operation=dist.ReduceOp.SUM):
-        """The tensor's sum over the ranks, on all, in place; or another operation than the sum."""
-        if self.count > 1:
-            dist.all_reduce(tensor, operation)
-        return tensor
+def train(flags, checkpoint, device, report):
+    """The set-up and the loop -> exit status.  report(metrics, step) passes metrics on to --report_to."""
+    started = time.perf_counter()
 
-    def of_first(self, values):
-        """The first rank's 1-D integers, on all: the others add zeros to them."""
-        values = torch.as_tensor(np.asarray(values if self.first else [], np.int64))
-        found = torch.zeros(int(self.sum(torch.tensor(len(values)))), dtype=torch.int64)
-        found[: len(values)] = values
-        return self.sum(found).numpy()
+    # Model and pairs. What is wrong with them shows here, before any weights are read.
+    tokenizer, model = load_model(flags, checkpoint)
+    pairs, eval_sets = load_pairs(flags, tokenizer)
+    parts = [pairs, *eval_sets.values()]
+    check_fit(flags, model, parts)
+    total = total_steps(flags, len(pairs))
+    if flags.dry_run:
+        print0(data.describe(pairs, tokenizer, flags.prompt_loss))
+        print0(f"{total} steps of {flags.batch_size} pairs")
+        return 0
 
-    def say(self, text):
-        if self.first:
-            tqdm.write(text)  # above a progress bar
+    # The weights, the optimizer, and where a resumed run stands.
+    network = place(model, flags, device)  # what the loop calls: the model, or DDP around it
+    parameters = sum(p.numel() for p in model.parameters())
+    settle_defaults(flags, model, parameters, total)
+    optimizer = make_optimizer(flags, model)
+    fingerprint = [zlib.crc32(part.tokens.tobytes() + part.ends.tobytes()) for part in parts]
+    start = 0  # steps that are done
+    recent = []  # the metrics of each step since the last line of metrics.jsonl
+    if checkpoint:
+        start, recent = load_checkpoint(checkpoint, flags, model, optimizer, fingerprint)
+    begin_files(flags, checkpoint, start)
+    if network is not model:
+        settle_ddp(flags, model, network, pairs, device)
+    print0(f"{parameters:,} parameters, {len(pairs)} pairs, {total} steps, {flags.dtype} on {WORLD_SIZE} "
+           f"{device.type}, beta {flags.beta:g}, rate {flags.learning_rate:.2g}")
+    stop_signals = catch_signals()
+    epoch = 0.0
+    bad_in_a_row = 0  # steps without a finite loss and gradient, up to the last line of metrics.jsonl
+    seen = []  # indices of the pairs of the steps since that line
+    clock = time.perf_counter()  # when these steps began, less the pauses between them
+
+    for step in progress_bar(start, total):
+        # Before each step and after the last one: an evaluation and a checkpoint, where they are due.
+        pause = time.perf_counter()
+        stop = any_rank(stop_signals)
+        just_resumed = checkpoint and step == start
+        if due(step, flags.eval_steps, total) and not just_resumed:
+            for name, eval_pairs in eval_sets.items():
+                line = {"step": step, "epoch": round(epoch, 6)}
+                if len(eval_sets) > 1:
+                    line["eval_data"] = name
+                line |= evaluate(flags, model, eval_pairs, device)
+                log_evaluation(flags, report, line)
+                show_answers(flags, model, tokenizer, eval_pairs, step)
+        if step > start and (stop or due(step, flags.save_steps, total)):
+            save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recent)
+        if stop or step == total:
+            break
+        clock += time.perf_counter() - pause
+
+        # Forward and backward, over this rank's packs of the step's pairs.
+        indices, epoch = data.step_indices(len(pairs), flags.batch_size, flags.seed, step)
+        batches, counts = make_batches(flags, pairs, indices, device)
+        balance = balance_factors(flags, model, batches)
+        metrics = {}
+        for batch in batches:
+            # DDP sums the gradients over the ranks once, in the backward pass of the last pack.
+            accumulate = network is not model and batch is not batches[-1]
+            with network.no_sync() if accumulate else nullcontext():
+                loss, pack_metrics = pack_loss(flags, network, batch, counts, balance)
+                (loss * WORLD_SIZE).backward()  # DDP and FSDP average over the ranks; these losses add up
+            metrics = add(metrics, pack_metrics)
+        metrics = sum_over_ranks(metrics)
+
+        # Clip the gradient and update the weights, unless the loss or the gradient is not finite.
+        norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), flags.max_grad_norm or math.inf)
+        metrics["grad_norm"] = whole(norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(flags, step, total)
+        update(optimizer, metrics["loss"].isfinite() & metrics["grad_norm"].isfinite())
+        optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients are views of its buckets
+        recent.append(metrics)
+        seen.append(indices)
+
+        # A line of metrics.jsonl: means over the finite steps since the last one. Here the host waits.
+        if due(step + 1, flags.logging_steps, total):
+            finite, bad_in_a_row = finite_steps(recent, bad_in_a_row, total)
+            if finite:
+                line = {"step": step + 1, "epoch": round(epoch, 6), **means(finite)}
+                line["learning_rate"] = learning_rate(flags, step, total)
+                spans = pairs.spans()[np.concatenate(seen)]
+                line |= speed(flags, model, spans, time.perf_counter() - clock)
+                log_training(flags, report, line, total, skipped=len(recent) - len(finite))
+            recent, seen = [], []
+            clock = time.perf_counter()
+
+    if stop and step < total:
+        print0(f"{signal.Signals(stop).name}: stopped after step {step}; "
+               f"continue with --resume --output_dir {flags.output_dir}")
+        return 128 + stop
+    if total:
+        save_model(flags, model, tokenizer)
+        push_to_hub(flags)
+        summarise(flags, model, tokenizer, eval_sets, time.perf_counter() - started)
+    return 0
+
+
+def due(step, every, total):
+    """At every so many steps and at the last one; never if `every` is 0."""
+    return every > 0 and (step % every == 0 or step == total)
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Files of a run: complete or absent, never half.
+# Before the run: flags, ranks, the output directory.
 
 
-class RunDirectory:
-    """--output_dir, locked against other runs. `.orpo` in it is the lock (until `record` is closed), and
-    lists the names that runs wrote there: only these are ever replaced or removed."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        with where(f"--output_dir {path} cannot be written to"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.record = open(self.path / ".orpo", "a", encoding="utf-8")
-            with where("another run is writing there; wait for it, or choose another"):
-                fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            names = (self.path / ".orpo").read_text(encoding="utf-8").splitlines()
-            self.names = {name for name in names if os.path.lexists(self.path / name)}
-
-    def claim(self, names):
-        """Before these are written: nothing may stand there that is not a run's."""
-        for name in sorted(set(names) - self.names):
-            refuse((os.path.lexists(self.path / name), f"{self.path / name} is from no run; move it away"))
-            self.names.add(name)
-            self.record.write(name + "\n")
-        self.record.flush()
-
-    def discard(self, names):
-        """Remove those of the names that are a run's; at no time does half of a directory have its name."""
-        trash = self.path / ".discarded"
-        for path in [self.path / name for name in names if name in self.names]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(trash, ignore_errors=True)
-                shutil.rmtree(path.rename(trash))
-            else:
-                path.unlink(missing_ok=True)
-
-    def write(self, fill, name=""):
-        """What fill(folder) writes appears, flushed and whole, as the directory `name`, or without one in
-        this one. Returns the names of what was written."""
-        folder = self.path / ".unfinished"
-        try:
-            with where(self.path / name, "could not be written; make room, then --resume"):
-                shutil.rmtree(folder, ignore_errors=True)
-                fill(folder)
-                for path in [*folder.rglob("*"), folder]:
-                    flush(path)
-                written = {name: folder} if name else {path.name: path for path in folder.iterdir()}
-                self.claim(written)
-                for new, path in written.items():
-                    self.discard([new] if path.is_dir() else [])  # no directory is replaced in one go
-                    path.replace(self.path / new)
-                flush(self.path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return [*written]
+def parse_flags(arguments):
+    """Command line -> Flags, and the checkpoint to continue from, or None. A flag has the value of the last
+    of these that gives one: the demo's defaults, the checkpoint's record, --config, the command line."""
+    parser = make_parser()
+    typed = vars(parser.parse_args(arguments))
+    configured = from_file(parser, typed["config"]) if "config" in typed else {}
+    flags = Flags(**{**configured, **typed})
+    checkpoint = newest_checkpoint(flags.output_dir) if flags.resume else None
+    recorded = from_file(parser, checkpoint / "train_config.json") if checkpoint else {}
+    given = {**recorded, **configured, **typed}
+    demo = not any(given.get(name) for name in ("model", "data", "eval_data"))
+    flags = Flags(**{**(DEMO if demo else {}), **given})
+    if demo and flags.resume and not checkpoint:
+        parser.error(f"--resume: no checkpoint in {flags.output_dir}, and no --model to start")
+    check_flags(flags, demo, parser.error)
+    if checkpoint:
+        changed = [f"--{name} {given[name]} (was {was})"
+                   for name, was in recorded.items() if given[name] != was]
+        print0(f"continuing from {checkpoint}; changed: {', '.join(changed) or 'nothing'}")
+    elif flags.resume:
+        print0(f"no checkpoint in {flags.output_dir}: starting the run")
+    return flags, checkpoint
 
 
-def flush(path):
-    handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError) if os.path.isdir(path) else nullcontext():  # not all can flush a directory
-        os.fsync(handle)
-    os.close(handle)
+def make_parser():
+    """A field of Flags is a flag, its comment the help, a Literal its choices. What is not given is not in
+    the result."""
+    parser = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description=__doc__,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Flags), re.M))
+    for field in fields(Flags):
+        options = {"help": comments[field.name]}
+        if field.default not in (None, "", ()):
+            options["help"] += f" (default: {field.default})"
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type is list:
+            options.update(action="extend", nargs="+")
+        elif get_args(field.type):
+            options["choices"] = get_args(field.type)
+        else:
+            options["type"] = field.type
+        parser.add_argument(f"--{field.name}", **options)
+    return parser
 
 
-def digests(directory):
-    """{file: its sha256} of all in a directory but the manifest."""
-    found = {}
-    for name in sorted(set(os.listdir(directory)) - {"manifest.json"}):
-        with open(os.path.join(directory, name), "rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def from_file(parser, path):
+    """The flags of a JSON file, read as the words of a command line, so that they are checked like typed
+    ones."""
+    words = []
+    for name, value in read_json(path).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}={item}" for item in value]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return vars(parser.parse_args(words))
+
+
+def check_flags(flags, demo, error):
+    """Call error(line) for a value that cannot be right."""
+    for name, value in vars(flags).items():
+        if isinstance(value, int | float) and not 0 <= value < (1 if name in BELOW_ONE else math.inf):
+            error(f"--{name} {value} is out of range")
+        if value == 0 and name in POSITIVE:
+            error(f"--{name} must be positive")
+    only_evaluate = flags.max_steps == 0 and flags.eval_data
+    if not demo and not (flags.model and (flags.data or only_evaluate)):
+        error(f"--{'data' if flags.model else 'model'} is missing: give both, or neither for the demo")
+    if flags.max_prompt_length and flags.max_prompt_length >= flags.max_length:
+        error(f"--max_prompt_length {flags.max_prompt_length} must be below --max_length {flags.max_length}")
+    if flags.resume and flags.overwrite_output_dir:
+        error("--resume and --overwrite_output_dir contradict each other")
+    if flags.eval_pairs and flags.eval_data:
+        error("--eval_pairs and --eval_data: give one of the two")
+    if not flags.output_dir:
+        error("--output_dir is empty; name a directory")
 
 
 def checkpoints(output_dir):
     """{step: directory} of the checkpoints there, oldest first."""
     names = [path.name for path in Path(output_dir).glob("checkpoint-*")]
-    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", name))
-    return {step: os.path.join(output_dir, f"checkpoint-{step}") for step in steps}
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-[1-9][0-9]*", name))
+    return {step: Path(output_dir, f"checkpoint-{step}") for step in steps}
 
 
-def check_whole(directory):
-    """UserError unless every file of a checkpoint is what was written, for the step it says."""
-    manifest, state = (os.path.join(directory, name) for name in ("manifest.json", "state.json"))
-    with where(directory):
-        refuse((read_json(manifest) != digests(directory), "its files are not what was written"),
-               (Path(directory).name != f"checkpoint-{read_json(state)['step']}", "of another step"))
+def newest_checkpoint(output_dir):
+    """The checkpoint of the most steps, or None; its files have to be as long as their headers say."""
+    found = list(checkpoints(output_dir).values())
+    if not found:
+        return None
+    newest = found[-1]
+    with where(f"{newest} is damaged; remove it to continue from the one before"):
+        read_json(newest / "state.json")
+        find_tensors(newest, "optimizer")
+        if not read_json(newest / "train_config.json").get("lora_r"):
+            find_tensors(newest, "model")
+    return newest
 
 
-def newest_checkpoint(flags):
-    """The step of the newest checkpoint that is whole, 0 without one; damaged ones are reported."""
-    for step, directory in reversed(checkpoints(flags.output_dir).items()):
-        try:
-            check_whole(directory)
-            return step
-        except UserError as error:
-            print(f"a damaged checkpoint is passed over: {error}", file=sys.stderr)
-    refuse((flags.resume == "yes", f"{flags.output_dir} has no whole checkpoint; start without --resume"))
-    return 0
+def init_device(flags):
+    """Join torchrun's process group -> this rank's device. Settles --dtype."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise UserError(f"more ranks than GPUs; torchrun --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD_SIZE > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        with where("torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"):
+            dist.init_process_group(backend, timeout=timedelta(seconds=flags.ddp_timeout))
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if flags.dtype is None:
+        flags.dtype = "bfloat16" if has_bf16 else "float32"
+    if cuda and flags.dtype == "bfloat16" and not has_bf16:
+        raise UserError("this GPU has no bfloat16; use --dtype float32")
+    return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 
-def cut_back(path, step):
-    """Drop the lines of a .jsonl file that are later than `step`, and a last one that was cut off."""
-    if os.path.exists(path):
-        lines = re.findall(rb".*\n", Path(path).read_bytes())  # bytes: it may be cut inside a character
-        steps = [re.match(rb'{"step": (\d+)', line) for line in lines]
-        kept = [line for line, at in zip(lines, steps) if not at or int(at[1]) <= step]
-        Path(f"{path}.tmp").write_bytes(b"".join(kept))
-        os.replace(f"{path}.tmp", path)
+def print0(text):
+    """Print on the first rank, above a progress bar."""
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """The sum (or another operation) over the ranks, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def lock_output_dir(flags):
+    """Hold --output_dir against other runs until the returned file is closed."""
+    if RANK != 0 or flags.dry_run:
+        return nullcontext()
+    with where(f"--output_dir {flags.output_dir} cannot be written to"):
+        os.makedirs(flags.output_dir, exist_ok=True)
+        lock = open(Path(flags.output_dir, ".lock"), "w")
+    with where(f"--output_dir {flags.output_dir}: another run is writing there; wait, or choose another"):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def check_output_dir(flags, checkpoint):
+    """Refuse to mix with a run or a model that is there."""
+    if RANK != 0 or flags.dry_run:
+        return
+    out = Path(flags.output_dir)
+    has_model = (out / "config.json").exists()
+    has_run = (out / "train_config.json").exists()
+    if has_model and not has_run:
+        raise UserError(f"{out} holds a model that no run wrote; choose another --output_dir")
+    if flags.overwrite_output_dir and Path(flags.model).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--overwrite_output_dir would remove {out}, which holds --model {flags.model}")
+    starts_anew = flags.overwrite_output_dir or flags.resume and not has_model
+    if has_run and not checkpoint and not starts_anew:
+        raise UserError(f"{out} holds a run; --resume continues it where it has a checkpoint, "
+                        "--overwrite_output_dir removes it")
+
+
+@contextmanager
+def reporter(flags):
+    """Yields report(metrics, step), which passes metrics on to --report_to."""
+    name = flags.run_name or Path(flags.output_dir).resolve().name
+    if flags.report_to == "none" or flags.dry_run or RANK != 0:
+        yield lambda metrics, step: None
+    elif flags.report_to == "wandb":
+        with where("--report_to wandb (pip install wandb)"):
+            import wandb
+        project = os.environ.get("WANDB_PROJECT", "orpo")
+        with wandb.init(project=project, name=name, config=asdict(flags)) as run:
+            yield lambda metrics, step: run.log(metrics, step=step)
+    else:
+        with where("--report_to tensorboard (pip install tensorboard)"):
+            from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(os.path.join(flags.output_dir, "runs", name)) as writer:
+            def report(metrics, step):
+                for key, value in metrics.items():
+                    writer.add_scalar(key, value, step)
+            yield report
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The stages of a run before its loop.
+# Set-up: model, pairs, optimizer.
 
 
-def start_up(flags, given, ranks, directory):
-    """This run's flags, of a resumed one those that its newest checkpoint records, and that checkpoint or "".
-    Refused: ranks that differ, and to mix with a run that is there."""
-    mine = {name: zlib.crc32(repr(value).encode()) for name, value in asdict(flags).items()}
-    for name, theirs in zip(mine, ranks.of_first([*mine.values()])):
-        refuse((mine[name] != theirs, f"--{name} differs between ranks: {getattr(flags, name)!r} on one"))
-    (step,) = ranks.of_first([newest_checkpoint(flags) if ranks.first and flags.resume != "no" else 0])
-    if step:
-        checkpoint = os.path.join(flags.output_dir, f"checkpoint-{step}")
-        return recorded_flags(flags, given, checkpoint, ranks), checkpoint
-    names, out = directory.names if directory else set(), os.path.realpath(flags.output_dir)
-    reads = [os.path.realpath(path) for path in (flags.model, *flags.data, *flags.eval_data) if path]
-    lost = {os.path.relpath(path, out).split(os.sep)[0] for path in reads} & {".", *names}
-    if names and (flags.resume == "no" or "config.json" in names):  # else stopped before its first checkpoint
-        told = f"{flags.output_dir} holds a run; --resume goes on with it, --overwrite_output_dir discards it"
-        refuse((not flags.overwrite_output_dir, told),
-               (lost, f"--overwrite_output_dir would discard {flags.output_dir}, from which this run reads"))
-    return flags, ""
+def load_model(flags, checkpoint):
+    """Tokenizer, and model without its weights: `place` reads these, once all is known to fit."""
+    if not flags.model and not checkpoint:
+        tokenizer = data.demo_tokenizer()
+        shape = dict(DEMO_SHAPE, vocab_size=tokenizer.backend.get_vocab_size(), eos_token_id=tokenizer.eos_id)
+        return tokenizer, Transformer(Config.from_hf(shape), shape).initialise(flags.seed)
+    whole_model = checkpoint if checkpoint and not flags.lora_r else flags.model  # else adapters alone
+    model = Transformer.outline(whole_model, revision=flags.revision)
+    tokenizer = data.Tokenizer.from_pretrained(checkpoint or flags.model, revision=flags.revision)
+    if checkpoint:  # templates that read the clock have to see the time at which the run began
+        tokenizer.clock = datetime.fromisoformat(read_json(checkpoint / "state.json")["clock"])
+    return tokenizer, model
 
 
-def recorded_flags(flags, given, checkpoint, ranks):
-    """The flags of a resumed run: as recorded, but for those given now that may change."""
-    path = os.path.join(checkpoint, "train_config.json")
-    recorded = read_json(path)
-    for field in fields(Flags):
-        name, value = field.name, getattr(flags, field.name)
-        if name in given and name in recorded and value != recorded[name]:
-            was = f"--{name} {value}: it was {recorded[name]}"
-            refuse((not field.kw_only, f"{was}, and stays so when resumed; leave it out, or start afresh"))
-            ranks.say(f"{was} up to here")
-    if "num_train_epochs" in given or not recorded.get("max_steps"):
-        recorded["max_steps"] = None  # it is not to outweigh what was asked for
-    now = given | {"resume", "output_dir", "overwrite_output_dir", "config", "debug", "dry_run"}
-    with where(path):
-        return checked_flags(Flags, recorded | {name: getattr(flags, name) for name in now}, RANGES)
+def load_pairs(flags, tokenizer):
+    """The pairs to train on, and {name: pairs} to evaluate on; read on the first rank, for all."""
+    shared = [train_and_eval_pairs(flags, tokenizer) if RANK == 0 else None]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
+    return shared[0]
 
 
-def load(flags, checkpoint):
-    """Tokenizer and model, the latter without its weights: what cannot be is said before they are read."""
-    source = checkpoint or flags.model
-    tokenizer = data.demo_tokenizer()
-    if source:
-        tokenizer = data.Tokenizer.from_pretrained(source, revision=flags.revision)
-    if checkpoint:  # templates see the day on which the run began
-        path = os.path.join(checkpoint, "state.json")
-        with where(path):
-            tokenizer.clock = datetime.fromisoformat(read_json(path)["clock"])
-    source = flags.model if flags.lora_r else source  # a checkpoint of adapters has no model
-    if source:
-        return tokenizer, Transformer.outline(source, revision=flags.revision)
-    shape = DEMO_SHAPE | {"vocab_size": tokenizer.backend.get_vocab_size(), "eos_token_id": tokenizer.eos_id}
-    return tokenizer, Transformer(Config.from_hf(shape), shape).initialise(flags.seed)
+def train_and_eval_pairs(flags, tokenizer):
+    """As load_pairs. Where nothing is trained, each file of --eval_data is evaluated for itself."""
+    if flags.max_steps == 0 and flags.eval_data:
+        eval_sets = {name: tokenize(flags, tokenizer, [name]) for name in flags.eval_data}
+        return next(iter(eval_sets.values())), eval_sets
+    pairs = tokenize(flags, tokenizer, flags.data)
+    if flags.eval_data:
+        return pairs, {"--eval_data": tokenize(flags, tokenizer, flags.eval_data)}
+    count = min(200, len(pairs) // 10) if flags.eval_pairs is None else flags.eval_pairs
+    if count == 0:
+        return pairs, {}
+    if count >= len(pairs):
+        raise UserError(f"--eval_pairs {count}: of {len(pairs)} pairs some must be trained on")
+    order = np.random.default_rng(0).permutation(len(pairs))  # the same for all seeds, to compare them
+    return pairs.select(np.sort(order[count:])), {"held out": pairs.select(np.sort(order[:count]))}
 
 
-def use_template(flags, tokenizer, ranks, rows):
-    """--chat_template, or what a model without one will be asked through: it is saved with the model."""
-    talks, alpaca = any(isinstance(row["chosen"], list) for row in rows), "with the prompt in instruction"
+def tokenize(flags, tokenizer, sources):
+    """The Pairs of some files or hub data sets, or the demo's if there are none."""
+    show_progress = sys.stderr.isatty()
+    if sources:
+        files = data.find_files(sources)
+        rows = data.read_pairs(files, prompt_column=flags.prompt_column, progress=show_progress)
+        name = ", ".join(os.path.join(*Path(file).parts[-2:]) for file in files)
+    else:
+        rows = data.demo_pairs(6000)
+        name = "the demo"
+    use_template(flags, tokenizer, rows)
+    lengths = dict(max_length=flags.max_length, max_prompt_length=flags.max_prompt_length,
+                   truncation_mode=flags.truncation_mode)
+    pairs = data.tokenize_pairs(rows, tokenizer, **lengths, progress=show_progress)
+    print0(f"{name}: {rows[0].form}\n  {pairs.report}")
+    return pairs
+
+
+def use_template(flags, tokenizer, rows):
+    """--chat_template, the model's own, or one that asks as these rows do; it is saved with the model."""
     if flags.chat_template:
         with where(f"--chat_template {flags.chat_template}"):
             tokenizer.chat_template = Path(flags.chat_template).read_text(encoding="utf-8")
-    elif tokenizer.has_template or not (talks or rows[0].form.endswith(alpaca)):
-        return
-    elif not talks:
+        tokenizer.has_template = True
+    elif not tokenizer.has_template and isinstance(rows[0]["chosen"], list):
+        tokenizer.has_template = True
+        print0("no chat template: <|user|> and <|assistant|> turns closed by EOS, saved with the model")
+    elif not tokenizer.has_template and rows[0].form == "strings with the prompt in instruction":
         tokenizer.chat_template = "{{ bos_token }}" * tokenizer.adds_bos + data.ALPACA_TEMPLATE
-    tokenizer.has_template = True
-    name = flags.chat_template or ("<|user|> and <|assistant|> turns closed by EOS" if talks else "Alpaca's")
-    ranks.say(f"chat template, saved with the model: {name}")
+        tokenizer.has_template = True
+        print0("no chat template: Alpaca's text, saved with the model")
 
 
-def load_pairs(flags, tokenizer, ranks):
-    """Read and tokenize -> the pairs to train on, then those to evaluate on: --eval_data, or some held out.
-    Where nothing is trained each file of --eval_data stands apart, the first also in place of --data."""
-    show, alone = sys.stderr.isatty(), flags.max_steps == 0 and flags.eval_data
-    sources = [[name] for name in flags.eval_data] if alone else [flags.data, flags.eval_data]
-    named = [] if flags.data or alone else [("the demo", data.demo_pairs(6000))]
-    for names in filter(None, sources):
-        files = data.find_files(names)
-        rows = data.read_pairs(files, prompt_column=flags.prompt_column, progress=show)
-        found = [] if files == names else [os.path.join(*Path(path).parts[-2:]) for path in files]
-        named.append((f"{', '.join(names)}{found or ''}: {rows[0].form}", rows))
-    use_template(flags, tokenizer, ranks, [row for _, rows in named for row in rows])
-    lengths = {name: getattr(flags, name) for name in ("max_length", "max_prompt_length", "truncation_mode")}
-    parts = [data.tokenize_pairs(rows, tokenizer, progress=show, **lengths) for _, rows in named]
-    for (name, _), pairs in zip(named, parts):
-        ranks.say(f"{name}\n  {pairs.report}")
-    if flags.eval_data:
-        return [parts[0], *parts] if alone else parts
-    pairs, count = parts[0], flags.eval_pairs
-    count = min(200, len(pairs) // 10) if count is None else count
-    refuse((count >= len(pairs), f"--eval_pairs {count}: of {len(pairs)} pairs some must be trained on"))
-    order = np.random.default_rng(0).permutation(len(pairs))  # of the data alone: seeds can be compared
-    return [pairs.select(np.sort(part)) for part in (order[count:], order[:count]) if len(part)]
-
-
-def share_pairs(parts, ranks):
-    """What the first rank read, on every rank: tokenizing is done once."""
-    shared = []
-    for i in range(*ranks.of_first([len(parts)])):
-        arrays = (getattr(parts[i], name) if ranks.first else [] for name in ("tokens", "ends", "rows"))
-        tokens, ends, rows = map(ranks.of_first, arrays)
-        shared.append(data.Pairs(tokens.astype(np.int32), ends, rows))
-    return shared
-
-
-def check_fit(flags, model, parts, ranks):
+def check_fit(flags, model, parts):
     """Do pairs, model and flags go together?"""
     spans = np.concatenate([pairs.spans() for pairs in parts])
-    longest, tree = int((spans[:, 0] + spans[:, 1:].max(1)).max()) + 1, int(spans.sum(1).max())
-    largest, size = max(int(pairs.tokens.max()) for pairs in parts), model.config.vocab_size
-    limit = model.max_positions or longest
-    refuse(
-        (largest >= size, f"token id {largest} in a vocabulary of {size}: tokenizer and model are no match"),
-        (longest > limit, f"{longest} tokens in a model of {limit} positions; use --max_length {limit}"),
-        (flags.max_tokens < tree, f"--max_tokens {flags.max_tokens}: the longest pair takes {tree} of them"))
+    longest = int((spans[:, 0] + spans[:, 1:].max(1)).max()) + 1  # prompt + response
+    largest_tree = int(spans.sum(1).max())
+    largest_id = max(int(pairs.tokens.max()) for pairs in parts)
+    if largest_id >= model.config.vocab_size:
+        raise UserError(f"token id {largest_id} in a vocabulary of {model.config.vocab_size}: this tokenizer "
+                        "is not the model's")
+    if model.max_positions and longest > model.max_positions:
+        raise UserError(f"{longest} tokens in a model of {model.max_positions} positions; lower --max_length")
+    if flags.max_tokens < largest_tree:
+        raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair takes {largest_tree}")
     if longest > model.config.max_position_embeddings:
-        ranks.say(f"note: sequences of {longest} tokens, for {model.config.max_position_embeddings} of which "
-                  "the model was made; --max_length cuts them")
+        print0(f"note: sequences of {longest} tokens; the model was made for "
+               f"{model.config.max_position_embeddings}; --max_length cuts them")
 
 
-def spread(model, flags, ranks):
-    """Load the weights on this rank's device -> the module that the loop calls: the model alone, copied to
-    every rank (DDP), or with --shard spread over the ranks (FSDP2)."""
+def total_steps(flags, pairs):
+    if flags.max_steps is not None:
+        return flags.max_steps
+    return math.ceil(flags.num_train_epochs * math.ceil(pairs / flags.batch_size))
+
+
+def place(model, flags, device):
+    """Load the weights on this rank's device -> the module that the loop calls: the model itself, or with DDP
+    around it; with --shard (FSDP2) its parameters are spread over the ranks."""
     if flags.lora_r:
         model.add_adapters(flags.lora_r, flags.lora_alpha)
-    if flags.shard and ranks.count > 1:
+    if flags.shard and WORLD_SIZE > 1:
         for module in (*model.model.layers, model):
             fully_shard(module, reshard_after_forward=True)
         register_fsdp_forward_method(model, "next_logits")
     if hasattr(model, "source"):
-        half = flags.dtype == "bfloat16" and not flags.shard  # FSDP wants one dtype
-        model.load(ranks.device, torch.bfloat16 if half else torch.float32)
+        frozen_bf16 = flags.dtype == "bfloat16" and not flags.shard  # FSDP wants all parameters of one dtype
+        model.load(device, torch.bfloat16 if frozen_bf16 else torch.float32)
     model.start_adapters(flags.seed)
-    model.to(ranks.device)
+    model.to(device)
     model.gradient_checkpointing = flags.gradient_checkpointing
-    for block in model.model.layers if flags.compile else ():
-        block.compile(dynamic=True)  # one graph for all blocks and all lengths of a pack
-    if flags.shard or ranks.count == 1:
+    if flags.compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)  # one graph for all blocks and all lengths of a pack
+    if flags.shard or WORLD_SIZE == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def begin_files(run, checkpoint, start):
-    """Before the first step: an overwritten run goes, a resumed one loses what is later than its start."""
-    out = run.directory.path
-    run.directory.discard([] if checkpoint else run.directory.names)
-    names = [*RECORDS, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    run.directory.claim([*names, *run.tokenizer.files] + ["README.md"] * bool(run.flags.push_to_hub))
-    (out / "metrics.jsonl").touch()
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_back(out / name, start)
-    write_json(out / "train_config.json", asdict(run.flags))
+def settle_defaults(flags, model, parameters, total):
+    """Settle the flags whose defaults depend on the model and the data."""
+    if flags.learning_rate is None:
+        flags.learning_rate = 2e-4 if flags.lora_r else min(1e-3, 5e-6 * math.sqrt(7e9 / parameters))
+    if flags.eval_steps is None:
+        flags.eval_steps = max(1, total // 10)
+    if flags.save_dtype is None:
+        flags.save_dtype = str(model.file_dtype).removeprefix("torch.")
+    asked = flags.output_router_logits or model.config.output_router_logits
+    flags.output_router_logits = bool(asked and model.config.moe_layers)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Parts of the loop.
+def trained(model):
+    """{name: parameter} of those that are trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-class Run:
-    """What the parts of the loop share. network: the model, perhaps as DDP.  names: of the metrics that
-    packs add to.  fingerprint: of the pairs.  held_out: what is evaluated, a list of Pairs.  trained: {name:
-    parameter}.  signal: the number of one that came, or 0.
+def make_optimizer(flags, model):
+    """AdamW; matrices decay, norms and biases do not."""
+    matrices = [p for p in trained(model).values() if p.ndim > 1]
+    others = [p for p in trained(model).values() if p.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=flags.weight_decay), dict(params=others, weight_decay=0.0)]
+    betas = (flags.adam_beta1, flags.adam_beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=flags.adam_epsilon, fused=True)
 
-    Since the last line of metrics: sums (this rank's part) of the metrics, grad_norm and the steps with a
-    finite gradient; indices of the pairs; clock, its time.  unseen: (step, its pairs, was it finite?) of the
-    steps that report_bad has not looked at; in_a_row: how many up to there were not finite."""
 
-    def __init__(self, flags, ranks, directory, tokenizer, model, parts, ending):
-        self.flags, self.ranks, self.directory, self.tokenizer = flags, ranks, directory, tokenizer
-        self.model, (self.pairs, *self.held_out), cuda = model, parts, ranks.device.type == "cuda"
-        self.fingerprint = [zlib.crc32(p.tokens.tobytes(), zlib.crc32(p.ends.tobytes())) for p in parts]
-        parameters = sum(p.numel() for p in model.parameters())
-        usual = 2e-4 if flags.lora_r else min(1e-3, 5e-6 * math.sqrt(7e9 / parameters))
-        flags.learning_rate = flags.learning_rate or usual
-        self.total = steps_in_all(flags, len(self.pairs))
-        self.eval_steps = max(1, self.total // 10) if flags.eval_steps is None else flags.eval_steps
-        self.network = spread(model, flags, ranks)
-        flags.save_dtype = flags.save_dtype or str(model.file_dtype).removeprefix("torch.")
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = [dict(params=[p for p in self.trained.values() if p.ndim > 1]),
-                  dict(params=[p for p in self.trained.values() if p.ndim <= 1], weight_decay=0.0)]
-        betas, decay = (flags.adam_beta1, flags.adam_beta2), flags.weight_decay
-        self.optimizer = torch.optim.AdamW(groups, 0.0, betas, flags.adam_epsilon, decay, fused=True)
-        aux = flags.output_router_logits or model.config.output_router_logits
-        self.names = METRICS + ("aux_loss",) * bool(aux and model.config.moe_layers)
-        gpu = torch.cuda.get_device_name(ranks.device) if cuda and flags.dtype == "bfloat16" else ""
-        self.peak = sum(flops for name, flops in PEAK.items() if re.search(rf"\b{name}\b", gpu))
-        self.report = reporter(flags, ranks, ending)
-        self.unseen, self.in_a_row, self.signal = [], 0, 0
-        self.new_line()
-        ranks.say(f"{parameters:,} parameters, {len(self.pairs)} pairs, {self.total} steps, {flags.dtype} on "
-                  f"{ranks.count} {ranks.device.type}, beta {flags.beta:g}, rate {flags.learning_rate:.2g}")
+@torch.no_grad()
+def load_checkpoint(checkpoint, flags, model, optimizer, fingerprint):
+    """Fill the optimizer's state and the adapters -> the steps done, and the metrics of those since the last
+    line of metrics.jsonl."""
+    state = read_json(checkpoint / "state.json")
+    if state["pairs"] != fingerprint:
+        raise UserError(f"{checkpoint}: the pairs are not those that this run was started with")
+    parameters = trained(model)
+    for entry, stored in find_tensors(checkpoint, "optimizer").items():
+        key, _, name = entry.partition(".")  # such as exp_avg.model.norm.weight
+        p = parameters[name]
+        value = read_tensor(*stored)
+        if key == "adapter":
+            assign(p, value)
+        elif value.shape == p.shape:  # with --shard each rank keeps its part
+            optimizer.state[p][key] = torch.zeros_like(p)
+            assign(optimizer.state[p][key], value)
+        else:
+            optimizer.state[p][key] = value.to(p.device)
+    start = torch.tensor(state["step"])
+    if all_reduce(start.clone(), dist.ReduceOp.MAX) != start:
+        raise UserError("other ranks see a newer checkpoint; all need the same --output_dir")
+    return state["step"], state["recent"]
 
-    def new_line(self):
-        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=self.ranks.device)
-        self.indices, self.clock = [], time.perf_counter()
 
-    def ask(self, number, frame):
-        """SIGTERM and SIGINT ask for the end: the step in hand is finished. A second SIGINT ends at once."""
-        self.signal = number
+def begin_files(flags, checkpoint, start):
+    """An overwritten run goes; of a resumed one, what is later than its checkpoint."""
+    out = Path(flags.output_dir)
+    if RANK != 0:
+        return
+    if not checkpoint:
+        remove_run(out)
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        path.touch()
+        kept = [line for line in read_lines(path) if line["step"] <= start]
+        path.write_text("".join(map(as_line, kept)), encoding="utf-8")
+    write_json(out / "train_config.json", recorded_flags(flags))
+
+
+def recorded_flags(flags):
+    return {name: value for name, value in asdict(flags).items() if name not in NOT_RECORDED}
+
+
+def read_lines(path):
+    """The objects in a .jsonl file of a run; a line that was cut off is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def as_line(values):
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def remove_run(out):
+    """Remove what a run writes, by name; other files stay."""
+    for directory in [*checkpoints(out).values(), out / "adapter"]:
+        shutil.rmtree(directory, ignore_errors=True)
+    names = ["metrics.jsonl", "samples.jsonl", "train_config.json", *MODEL_FILES, *data.TOKENIZER_FILES]
+    for path in [path for name in names for path in out.glob(name)]:
+        path.unlink()
+
+
+def settle_ddp(flags, model, network, pairs, device):
+    """DDP changes the order of its sums after its first backward pass. With one before the first step, a
+    resumed run sums in the same order as one that was never interrupted."""
+    batches, counts = make_batches(flags, pairs, np.array([0]), device)
+    loss, _ = pack_loss(flags, network, batches[0], counts, balance_factors(flags, model, batches))
+    loss.backward()
+    model.zero_grad(set_to_none=False)
+
+
+def catch_signals():
+    """A list that holds SIGTERM or SIGINT once it has come: the step in hand is finished and saved. A second
+    SIGINT ends the program at once."""
+    received = []
+
+    def ask(number, frame):
+        received.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(2, b"\nfinishing this step and saving it; Ctrl-C ends at once\n")
 
-    def autocast(self):
-        # no cache: a forward uses each weight once, and cached casts of all would outlive their blocks
-        on = self.flags.dtype == "bfloat16"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
-
-    def packs(self, pairs, indices):
-        """This rank's packs of some pairs, and what losses are divided by: the tokens and pairs of all."""
-        spans, prompt_loss = pairs.spans()[indices].sum(0), self.flags.prompt_loss
-        batches = data.make_packs(pairs, indices, self.flags.max_tokens, rank=self.ranks.rank,
-                                  ranks=self.ranks.count, prompt_loss=prompt_loss)
-        counts = int(spans[1] + spans[0] * prompt_loss), len(indices)
-        return [batch.to(self.ranks.device) for batch in batches], counts
-
-    def gather(self, tensors):
-        """{name: tensor}, whole and on the CPU, on the first rank; of a sharded model all give their part."""
-        if not (self.ranks.first or self.flags.shard):
-            return {}
-        full = ((name, whole(tensor.detach())) for name, tensor in tensors)
-        return {name: tensor.cpu() for name, tensor in full if self.ranks.first}
-
-    def record(self, file, values):
-        """Append a line to a file of --output_dir. JSON has no NaN: null."""
-        odd = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        if self.ranks.first:
-            path = self.directory.path / file
-            with where(path, "make room, then --resume"), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values | dict.fromkeys(odd), ensure_ascii=False) + "\n")
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    return received
 
 
-def steps_in_all(flags, pairs):
-    steps = math.ceil(flags.num_train_epochs * math.ceil(pairs / flags.batch_size))
-    return steps if flags.max_steps is None else flags.max_steps
+# -----------------------------------------------------------------------------------------------------------
+# Parts of a step.
+
+
+def progress_bar(start, total):
+    """start, start + 1, ..., total; shown on the first rank's terminal."""
+    steps = range(start, total + 1)
+    return tqdm(steps, "training", total, initial=start, unit=" steps", disable=None if RANK == 0 else True)
+
+
+def any_rank(stop_signals):
+    """The number of a signal that came to any of the ranks, or 0."""
+    return int(all_reduce(torch.tensor(max(stop_signals, default=0)), dist.ReduceOp.MAX))
+
+
+@torch.no_grad()
+def evaluate(flags, model, pairs, device):
+    """The metrics of some pairs, as if they were one step: {eval_loss: ...}."""
+    batches, counts = make_batches(flags, pairs, np.arange(len(pairs)), device)
+    balance = balance_factors(flags, model, batches)
+    metrics = {}
+    for batch in batches:
+        metrics = add(metrics, pack_loss(flags, model, batch, counts, balance)[1])
+    return {f"eval_{name}": value.item() for name, value in sum_over_ranks(metrics).items()}
+
+
+def log_evaluation(flags, report, line):
+    """A line of metrics.jsonl with eval_ metrics, also on the terminal and to --report_to."""
+    append_line(flags, "metrics.jsonl", line)
+    report({"eval/" + key.removeprefix("eval_"): value for key, value in line.items()
+            if isinstance(value, float)}, line["step"])
+    shown = ", ".join(f"{label} {value:.3f}" for label, value in in_short(line).items())
+    print0(f"eval {line['step']} | {shown}" + (f" | {line['eval_data']}" if "eval_data" in line else ""))
+
+
+def in_short(line):
+    """What people look at in an evaluation: {label: number}."""
+    chosen = line["eval_logps/chosen"]
+    rejected = line["eval_logps/rejected"]
+    return {"log-prob chosen": chosen, "log-prob rejected": rejected, "margin": chosen - rejected,
+            "reward accuracy": line["eval_rewards/accuracies"]}
+
+
+def append_line(flags, name, values):
+    """Append a line to a .jsonl file of --output_dir; what is not finite is null, as JSON has no NaN."""
+    values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in values.items()}
+    path = Path(flags.output_dir, name)
+    if RANK == 0:
+        with where(f"{path}: make room, then --resume"), open(path, "a", encoding="utf-8") as file:
+            file.write(as_line(values))
+
+
+def show_answers(flags, model, tokenizer, pairs, step):
+    """Print answers to the first held-out prompts and append them to samples.jsonl."""
+    half = shutil.get_terminal_size().columns // 2 - 4
+    for prompt, answer in answers_to(flags, model, tokenizer, pairs, flags.generate_during_eval, 128):
+        asked = tokenizer.decode(prompt)
+        text = tokenizer.decode(answer, after=prompt)
+        append_line(flags, "samples.jsonl", {"step": step, "prompt": asked, "answer": text})
+        question = " ".join(last_words(tokenizer, asked).split())
+        print0(f"  {question[-half:]} -> {' '.join(text.split())[:half]}")
+
+
+def last_words(tokenizer, prompt):
+    """What the user said last in a prompt, without what the chat template writes around it."""
+    if not tokenizer.has_template:
+        return prompt
+    turn = [{"role": "user", "content": "WORDS"}]
+    before, _, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True).rpartition("WORDS")
+    return prompt.removesuffix(after).split(before[-10:] or after)[-1]
+
+
+def answers_to(flags, model, tokenizer, pairs, count, max_new_tokens):
+    """(prompt, greedy answer) of the first pairs, on the first rank, and with --shard on all."""
+    prompts = [pairs[i][PREFIX].tolist() for i in range(min(count, len(pairs)))]
+    if not prompts or RANK != 0 and not flags.shard:
+        return []
+    # not compiled: it would be a graph for each length
+    with torch.compiler.set_stance("force_eager"), autocast(flags, model.lm_head.weight.device):
+        return list(zip(prompts, continuations(model, prompts, max_new_tokens, tokenizer.stop_ids())))
+
+
+def autocast(flags, device):
+    # without a cache: a forward pass uses each weight once, and cached copies would outlive their blocks
+    bf16 = flags.dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def gather(flags, tensors):
+    """{name: tensor}, whole and on the CPU, on the first rank; with --shard all ranks give their part."""
+    found = {}
+    for name, tensor in tensors.items() if RANK == 0 or flags.shard else ():
+        tensor = whole(tensor.detach())
+        if RANK == 0:
+            found[name] = tensor.cpu()
+    return found
+
+
+def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recent):
+    """Whatever is needed to continue exactly from here, as checkpoint-N. It is complete or absent: written
+    under another name, flushed to the disk, and renamed."""
+    out = Path(flags.output_dir)
+    final = out / f"checkpoint-{step}"
+    unfinished = out / "checkpoint-unfinished"
+    tensors = {}
+    for name, p in trained(model).items():
+        for key, value in optimizer.state[p].items():
+            if value is not None:  # such as the momentum of an SGD that has none
+                tensors[f"{key}.{name}"] = torch.as_tensor(value)
+        if flags.lora_r:
+            tensors[f"adapter.{name}"] = p
+    tensors = gather(flags, tensors)
+    weights = {} if flags.lora_r else gather(flags, dict(model.named_parameters()))
+    recent = [{name: float(value) for name, value in metrics.items()} for metrics in recent]
+    if RANK == 0:
+        with where(f"{final} could not be written; make room, then --resume"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if weights:
+                model.save_pretrained(unfinished, torch.float32, weights)
+            write_tensors(unfinished, "optimizer", tensors)
+            tokenizer.save_pretrained(unfinished)
+            write_json(unfinished / "train_config.json", recorded_flags(flags))
+            write_json(unfinished / "state.json", dict(step=step, pairs=fingerprint, recent=recent,
+                                                       clock=tokenizer.clock.isoformat()))
+            for path in [*unfinished.iterdir(), unfinished, out / "metrics.jsonl"]:
+                flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            flush(out)
+        if flags.save_total_limit:
+            for old in list(checkpoints(out).values())[: -flags.save_total_limit]:
+                shutil.rmtree(old)
+    all_reduce(torch.zeros(1))  # wait until it is written: torchrun ends all ranks when one has ended
+
+
+def flush(path):
+    """Have the system write a file, or a directory's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def make_batches(flags, pairs, indices, device):
+    """This rank's packs of some pairs, and what their losses are divided by: the scored tokens and the pairs
+    of all ranks."""
+    batches = data.make_packs(pairs, indices, flags.max_tokens, rank=RANK, ranks=WORLD_SIZE,
+                              prompt_loss=flags.prompt_loss)
+    prompt, chosen, _ = pairs.spans()[indices].sum(0).tolist()
+    tokens = prompt + chosen if flags.prompt_loss else chosen
+    return [batch.to(device) for batch in batches], (tokens, len(indices))
+
+
+def balance_factors(flags, model, batches):
+    """The load-balancing loss of a mixture of experts is E sum_e f_e P_e. f, the fractions of the step's
+    tokens that are sent to each expert, have to be known before any gradient: that takes a forward pass of
+    its own. -> its coefficient and (E,) the factors of the sums of probabilities; None without that loss."""
+    if not flags.output_router_logits:
+        return None
+    config = model.config
+    device = batches[0].inputs.device
+    sent = torch.zeros(config.num_experts, device=device)
+    with torch.no_grad(), autocast(flags, device):
+        for batch in batches:
+            sent += model(batch, router_weight(batch))[1][0]
+    tokens = all_reduce(sent).sum() / config.num_experts_per_tok
+    return config.router_aux_loss_coef, config.num_experts * sent / tokens**2
+
+
+def router_weight(batch):
+    """How often each position counts in the router's statistics: prompts twice, as in two plain sequences."""
+    return torch.where(batch.owner % PARTS == PREFIX, 2.0, 1.0) * batch.share
+
+
+def pack_loss(flags, network, batch, counts, balance):
+    """What one pack adds to the loss of its step, and {name: what it adds to a metric}.  counts: the step's
+    tokens and pairs.  balance: of balance_factors."""
+    router = None
+    with autocast(flags, batch.inputs.device):
+        if balance is None:
+            logps = network(batch)
+        else:
+            logps, router = network(batch, router_weight(batch))
+    loss, metrics = orpo_loss(logps, batch, flags.beta, *counts)
+    if router is not None:
+        coefficient, factors = balance
+        aux_loss = factors @ router[1]
+        loss = loss + coefficient * aux_loss
+        metrics |= {"loss": loss.detach(), "aux_loss": aux_loss.detach()}
+    return loss * batch.share, {name: value.double() * batch.share for name, value in metrics.items()}
+
+
+def add(totals, metrics):
+    return {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
+
+
+def sum_over_ranks(metrics):
+    """{name: this rank's part of a metric} -> {name: their sum over the ranks}."""
+    sums = all_reduce(torch.stack(list(metrics.values())))
+    return dict(zip(metrics, sums))
 
 
 def learning_rate(flags, step, total):
-    """For step 0 .. total - 1. Warmup reaches the peak in its last step; the shapes after it are
+    """Of step 0 .. total - 1. The last step of the warmup has the peak; the shapes after it are
     transformers'."""
     warmup = flags.warmup_steps or math.ceil(flags.warmup_ratio * total)
     if step < warmup:
@@ -545,355 +898,141 @@ def learning_rate(flags, step, total):
     return flags.learning_rate * shapes[flags.lr_scheduler_type]
 
 
-def router_weight(batch):
-    """How often each position counts in the router's statistics: prompts twice, as in two plain sequences."""
-    return torch.where(batch.owner % 3 == 0, 2.0, 1.0) * batch.share
+def update(optimizer, finite):
+    """optimizer.step(), which changes nothing where `finite`, a tensor on the device, is false."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # torch's fused optimizers look at this themselves (it was made for GradScaler): no wait for the GPU
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
 
 
-def balance_factors(run, batches):
-    """Mixtures of experts: the balance loss E sum_e f_e P_e needs the step's fractions f of tokens sent to
-    each expert before any gradient: a forward pass of its own. -> (E,), what to multiply the sums of
-    probabilities with; None without that loss."""
-    if "aux_loss" not in run.names:
-        return None
-    sent, config = torch.zeros(run.model.config.num_experts, device=run.ranks.device), run.model.config
-    with torch.no_grad(), run.autocast():
-        for batch in batches:
-            sent += run.model(batch, router_weight(batch))[1][0]
-    rows = run.ranks.sum(sent).sum() / config.num_experts_per_tok
-    return config.num_experts * sent / rows**2
-
-
-def pack_loss(run, network, batch, counts, balance):
-    """Loss and metrics that one pack adds to its step; counts: the tokens and pairs of the step."""
-    with run.autocast():
-        logps, router = (network(batch), None) if balance is None else network(batch, router_weight(batch))
-    loss, metrics = orpo_loss(logps, batch, run.flags.beta, *counts)
-    if router is not None:
-        balancing = balance @ router[1]
-        loss = loss + run.model.config.router_aux_loss_coef * balancing
-        metrics = torch.cat([loss.detach()[None], metrics[1:], balancing.detach()[None]])
-    return loss * batch.share, metrics.double() * batch.share
-
-
-def in_short(result):
-    """What people look at in an evaluation: {label: number}."""
-    result = {key: math.nan if value is None else value for key, value in result.items()}  # a file's null
-    chosen, rejected = result["eval_logps/chosen"], result["eval_logps/rejected"]
-    return {"log-prob chosen": chosen, "log-prob rejected": rejected, "margin": chosen - rejected,
-            "reward accuracy": result["eval_rewards/accuracies"]}
-
-
-@torch.no_grad()
-def evaluate(run, step, epoch):
-    """Log the metrics of the held-out pairs, and, if asked for, answers to their first prompts."""
-    for number, pairs in enumerate(run.held_out):
-        batches, counts = run.packs(pairs, np.arange(len(pairs)))
-        balance = balance_factors(run, batches)
-        sums = sum(pack_loss(run, run.model, batch, counts, balance)[1] for batch in batches)
-        result = {f"eval_{name}": value for name, value in zip(run.names, run.ranks.sum(sums).tolist())}
-        file = {"eval_data": run.flags.eval_data[number]} if len(run.held_out) > 1 else {}
-        run.record("metrics.jsonl", {"step": step, "epoch": round(epoch, 6)} | file | result)
-        run.report(result, step)
-        shown = ", ".join(f"{label} {value:.3f}" for label, value in in_short(result).items())
-        run.ranks.say(f"eval {step} | {shown}" + "".join(f"\n    on {name}" for name in file.values()))
-        for prompt, answer in answers_to(run, pairs, run.flags.generate_during_eval, 128):
-            asked, text = run.tokenizer.decode(prompt), run.tokenizer.decode(answer, after=prompt)
-            run.record("samples.jsonl", {"step": step, "prompt": asked, "answer": text})
-            run.ranks.say(f"  {asked[-30:]!r:.44} -> {text!r:.50}")
-
-
-def answers_to(run, pairs, count, max_new_tokens):
-    """(prompt, greedy answer) of the first pairs, by the first rank, or by all that hold a part of the model;
-    elsewhere none."""
-    prompts = [pairs[i][0].tolist() for i in range(min(count, len(pairs)))]
-    if not prompts or not (run.ranks.first or run.flags.shard):
-        return []
-    with torch.compiler.set_stance("force_eager"), run.autocast():  # not a graph for each length
-        return list(zip(prompts, continuations(run.model, prompts, max_new_tokens, run.tokenizer.stop_ids())))
-
-
-def log_line(run, step, epoch):
-    """Log the means over the steps since the last line; nothing where none of these was finite."""
-    *sums, steps = run.ranks.sum(run.sums).tolist()
-    seconds, spans = time.perf_counter() - run.clock, run.pairs.spans()[np.concatenate(run.indices)]
-    run.new_line()
-    if not steps:
-        return
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    metrics = {"step": step, "epoch": round(epoch, 6)}
-    metrics |= {name: value / steps for name, value in zip((*run.names, "grad_norm"), sums)}
-    metrics |= {"learning_rate": learning_rate(run.flags, step - 1, run.total),
-                "pairs_per_second": len(spans) / seconds, "tokens_per_second": int(spans.sum()) / seconds,
-                "peak_memory_gb": (torch.cuda.max_memory_allocated() or resident) / 2**30}
-    if run.peak:
-        flops_per_second = run.model.training_flops(torch.from_numpy(spans)) / seconds
-        metrics["mfu"] = flops_per_second / (run.peak * run.ranks.count)
-    run.record("metrics.jsonl", metrics)
-    run.report(metrics, step)
-    shown = ("step {step}/{total} | loss {loss:.4f}, nll {nll_loss:.4f}, margin {margin:.3f}, accuracy "
-             "{rewards/accuracies:.3f}, lr {learning_rate:.0e}, {pairs_per_second:.1f} pairs/s")
-    margin = metrics["logps/chosen"] - metrics["logps/rejected"]
-    run.ranks.say(shown.format(total=run.total, margin=margin, **metrics))
-
-
-def report_bad(run):
-    """Say which steps since the last look had no finite gradient; BAD_STEPS of them in a row end the run.
-    Here the host waits for the device."""
-    for step, indices, finite in run.unseen:
-        run.in_a_row = 0 if finite else run.in_a_row + 1
-        if not finite:
-            rows = run.pairs.rows[indices].tolist()
-            run.ranks.say(f"step {step}: no finite gradient, the weights stay as they are; rows {rows}")
-            kept = ", ".join(checkpoints(run.flags.output_dir).values()) or "none"
-            refuse((run.in_a_row >= min(BAD_STEPS, run.total), f"step {step}: {run.in_a_row} such steps in a "
-                    f"row; try a lower --learning_rate. Checkpoints: {kept}"))
-    run.unseen = []
-
-
-def reporter(flags, ranks, ending):
-    """report(metrics, step) for --report_to, under transformers' names: train/loss, eval/loss. The ExitStack
-    `ending` closes what this opens, or its last lines would be lost."""
-    name, kind = flags.run_name or os.path.basename(os.path.abspath(flags.output_dir)), flags.report_to
-    if kind == "none" or not ranks.first:
-        return lambda metrics, step: None
-    with where(f"--report_to {kind} cannot start (pip install {kind})"):
-        if kind == "wandb":
-            import wandb
-
-            project = os.environ.get("WANDB_PROJECT", "orpo")
-            log = ending.enter_context(wandb.init(project=project, name=name, config=asdict(flags))).log
+def finite_steps(recent, bad_in_a_row, total):
+    """The metrics, as numbers, of the recent steps whose loss and gradient were finite, and how many steps in
+    a row were not, at their end (bad_in_a_row: before them). Too many in a row end the run."""
+    finite = []
+    for metrics in recent:
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            finite.append(metrics)
+            bad_in_a_row = 0
         else:
-            from torch.utils.tensorboard import SummaryWriter
+            bad_in_a_row += 1
+        if bad_in_a_row >= min(BAD_STEPS, total):
+            raise UserError(f"{bad_in_a_row} steps in a row without a finite loss and gradient; try a lower "
+                            "--learning_rate")
+    return finite, bad_in_a_row
 
-            writer = ending.enter_context(SummaryWriter(os.path.join(flags.output_dir, "runs", name)))
 
-    def report(metrics, step):
-        evaluated = "eval_loss" in metrics
-        named = {f"eval/{key[5:]}" if evaluated else f"train/{key}": metrics[key] for key in metrics}
-        if kind == "wandb":
-            return log(named, step=step)
-        for key, value in named.items():
-            writer.add_scalar(key, value, step)
+def means(steps):
+    return {name: sum(metrics[name] for metrics in steps) / len(steps) for name in steps[0]}
 
-    return report
+
+def speed(flags, model, spans, seconds):
+    """Metrics of how fast pairs of the given spans (N, PARTS) were trained, and in how much memory."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS bytes
+    resident = kilobytes * (1 if sys.platform == "darwin" else 1024)
+    found = {"pairs_per_second": len(spans) / seconds, "tokens_per_second": int(spans.sum()) / seconds,
+             "peak_memory_gb": (torch.cuda.max_memory_allocated() or resident) / 2**30}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and flags.dtype == "bfloat16" else ""
+    for name, peak in PEAK.items():
+        if name in gpu:
+            found["mfu"] = model.training_flops(spans) / seconds / (peak * WORLD_SIZE)
+    return found
+
+
+def log_training(flags, report, line, total, skipped):
+    """A line of metrics.jsonl, also on the terminal and, under transformers' names, to --report_to."""
+    append_line(flags, "metrics.jsonl", line)
+    report({"train/" + key: value for key, value in line.items()}, line["step"])
+    margin = line["logps/chosen"] - line["logps/rejected"]
+    print0(f"step {line['step']}/{total} | loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
+           f"margin {margin:.3f}, accuracy {line['rewards/accuracies']:.3f}, "
+           f"lr {line['learning_rate']:.0e}, {line['pairs_per_second']:.1f} pairs/s"
+           + f", {skipped} steps skipped: loss or gradient not finite" * bool(skipped))
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Checkpoints and the final model.
+# The end of a run.
 
 
-def save_checkpoint(run, step):
-    """Everything needed to go on from here, as checkpoint-N; of the older ones --save_total_limit stay."""
-    flags, trained, moments = run.flags, run.trained, run.optimizer.state
-    state = {"step": step, "window": run.ranks.sum(run.sums.clone()).tolist(), "data": run.fingerprint,
-             "clock": run.tokenizer.clock.isoformat()}
-    weights = run.gather(() if flags.lora_r else run.model.named_parameters())
-    tensors = {f"{key}.{name}": value for name, p in trained.items() for key, value in moments[p].items()}
-    adapters = {f"adapter.{name}": p for name, p in trained.items()} if flags.lora_r else {}
-    tensors = run.gather((tensors | adapters).items())
-
-    def fill(folder):
-        if weights:
-            run.model.save_pretrained(folder, torch.float32, weights)
-        write_tensors(folder, "optimizer", tensors)
-        run.tokenizer.save_pretrained(folder)
-        write_json(folder / "train_config.json", asdict(flags))
-        write_json(folder / "state.json", state)
-        write_json(folder / "manifest.json", digests(folder))
-
-    if run.ranks.first:
-        flush(run.directory.path / "metrics.jsonl")
-        run.directory.write(fill, f"checkpoint-{step}")
-        old = [os.path.basename(path) for path in checkpoints(flags.output_dir).values()]
-        run.directory.discard(old[: -flags.save_total_limit] if flags.save_total_limit else [])
-    run.ranks.sum(torch.zeros(1))  # all wait until it is written: torchrun ends the others when one has ended
+def save_model(flags, model, tokenizer):
+    """The final model and its tokenizer, in --output_dir; adapters also alone, for PEFT."""
+    out = Path(flags.output_dir)
+    weights = gather(flags, dict(model.named_parameters()))
+    if RANK == 0:
+        with where(f"the model could not be written to {out}; make room, then --resume"):
+            model.save_pretrained(out, getattr(torch, flags.save_dtype), weights)
+            tokenizer.save_pretrained(out)
+            if flags.lora_r:
+                model.save_adapters(out / "adapter", weights, flags.model, flags.lora_r, flags.lora_alpha)
 
 
-def restore(checkpoint, run):
-    """What a checkpoint has beside the model: the optimizer's state, adapters, the sums of the open line of
-    metrics -> the steps done."""
-    device = run.ranks.device
-    with where(checkpoint, "cannot be resumed from; remove it to go back to the one before it"):
-        stored = find_tensors(checkpoint, "optimizer")
-        state = read_json(os.path.join(checkpoint, "state.json"))
-        refuse((state["data"] != run.fingerprint, "the pairs are not those that this run was started with"))
-        run.sums += torch.tensor(state["window"], dtype=torch.float64, device=device) * run.ranks.first
-        for name, parameter in run.trained.items():
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            run.optimizer.state[parameter] = moments = {"step": torch.zeros((), device=device)} | moments
-            for key, value in (moments | ({"adapter": parameter.data} if run.flags.lora_r else {})).items():
-                assign(value, read_tensor(*stored[f"{key}.{name}"], value.shape))
-        run.ranks.say(f"going on after step {state['step']}")
-        return int(state["step"])
-
-
-def model_card(flags, logged):
-    """README.md for the hub: method, beta, data, final metrics."""
-    last = {key: value for line in logged for key, value in line.items() if value is not None}
-    rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in last.items())
-    names = [os.path.basename(path) if os.path.exists(path) else path for path in (flags.model, *flags.data)]
-    return (f"---\ntags: [orpo]\n---\nTrained with [ORPO](https://arxiv.org/abs/2403.07691) from {names[0]} "
-            f"on {', '.join(names[1:])}: beta {flags.beta:g}, learning rate {flags.learning_rate:g}, "
-            f"{flags.batch_size} pairs a step.\n\n| metric | value |\n| --- | --- |\n{rows}\n")
-
-
-def write_model(run, logged):
-    """The model and its tokenizer in --output_dir, and on the hub with --push_to_hub. logged: all metrics."""
-    flags, directory, weights = run.flags, run.directory, run.gather(run.model.named_parameters())
-
-    def fill(folder):
-        run.model.save_pretrained(folder, getattr(torch, flags.save_dtype), weights)
-        run.tokenizer.save_pretrained(folder)
-        if flags.lora_r:
-            run.model.save_adapters(folder / "adapter", weights, flags.model, flags.lora_r, flags.lora_alpha)
-        if flags.push_to_hub:
-            (folder / "README.md").write_text(model_card(flags, logged), encoding="utf-8")
-
-    if run.ranks.first:
-        names = directory.write(fill)
-        kept = {*names, *RECORDS, *(f"checkpoint-{step}" for step in checkpoints(flags.output_dir))}
-        directory.discard(directory.names - kept)  # an older model's, such as shards
-    if run.ranks.first and flags.push_to_hub:
-        with where(f"--push_to_hub {flags.push_to_hub}", f"not done; the model is in {flags.output_dir}"):
+def push_to_hub(flags):
+    """Upload the final model and its tokenizer, if --push_to_hub names a repository."""
+    if flags.push_to_hub and RANK == 0:
+        with where(f"--push_to_hub {flags.push_to_hub} failed; the model is in {flags.output_dir}"):
             from huggingface_hub import create_repo, upload_folder
 
             create_repo(flags.push_to_hub, exist_ok=True)
-            upload_folder(repo_id=flags.push_to_hub, folder_path=flags.output_dir, allow_patterns=names)
+            upload_folder(repo_id=flags.push_to_hub, folder_path=flags.output_dir,
+                          allow_patterns=MODEL_FILES + data.TOKENIZER_FILES)
 
 
-def summarise(run, logged, seconds):
+def summarise(flags, model, tokenizer, eval_sets, seconds):
     """A table of the held-out metrics, the demo's right answers, and the next command."""
-    demo, say, out = not run.flags.model, run.ranks.say, run.flags.output_dir
-    evaluated = [in_short(line) for line in logged if "eval_loss" in line]
-    if evaluated:
-        say(f"\n{'on held-out pairs':24}{'before':>11}{'after':>11}")
-        for name, value in evaluated[0].items():
-            say(f"{name:24}{value:11.3f}{evaluated[-1][name]:11.3f}")
-    if demo and run.held_out:
-        held_out, decode = run.held_out[0], run.tokenizer.decode
-        answers = answers_to(run, held_out, len(held_out), 32)
-        right = sum(data.demo_right(decode(prompt), decode(answer)) for prompt, answer in answers)
-        say(f"{'right greedy answers':24}{right / len(held_out):22.3f}")
-    say(f"\n{timedelta(seconds=round(seconds))} in all; the model and metrics.jsonl are in {out}. Next:"
-        f"\n    python sample.py --model {out}" + ' --prompt "Name a number above 57."' * demo)
+    demo = not flags.model
+    lines = read_lines(Path(flags.output_dir, "metrics.jsonl")) if RANK == 0 else []
+    evaluations = [line for line in lines if "eval_loss" in line]
+    if evaluations:
+        before = in_short(evaluations[0])
+        after = in_short(evaluations[-1])
+        print0(f"\n{'on held-out pairs':24}{'before':>11}{'after':>11}")
+        for label in before:
+            print0(f"{label:24}{before[label]:11.3f}{after[label]:11.3f}")
+    if demo:
+        for pairs in eval_sets.values():
+            right = 0
+            for prompt, answer in answers_to(flags, model, tokenizer, pairs, len(pairs), 32):
+                right += data.demo_right(tokenizer.decode(prompt), tokenizer.decode(answer))
+            print0(f"{'right greedy answers':24}{right / len(pairs):22.3f}")
+    print0(f"\n{timedelta(seconds=round(seconds))} in all; the model and metrics.jsonl are in "
+           f"{flags.output_dir}. Next:\n    python sample.py --model {flags.output_dir}"
+           + ' --prompt "Name a number above 57."' * demo)
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The run.
-
-
-def main(arguments):
-    """Train as the command line says -> exit status. Raises UserError."""
-    flags, given = parse(arguments)
-    ranks, begun = Ranks(flags.ddp_timeout), time.perf_counter()
-    directory = RunDirectory(flags.output_dir) if ranks.first and not flags.dry_run else None
-    with ExitStack() as ending:
-        if directory:
-            ending.enter_context(directory.record)  # the lock is given up with it
-        # -- what can be wrong with flags, model and pairs, before any weights are read
-        flags, checkpoint = start_up(flags, given, ranks, directory)
-        cuda = ranks.device.type == "cuda"
-        half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it
-        flags.dtype = flags.dtype or ("bfloat16" if half else "float32")
-        refuse((cuda and not half and flags.dtype == "bfloat16", "this GPU has no bfloat16; --dtype float32"))
-        tokenizer, model = load(flags, checkpoint)
-        parts = share_pairs(load_pairs(flags, tokenizer, ranks) if ranks.first else [], ranks)
-        check_fit(flags, model, parts, ranks)
-        if flags.dry_run:
-            ranks.say(data.describe(parts[0], tokenizer, flags.prompt_loss))
-            ranks.say(f"{steps_in_all(flags, len(parts[0]))} steps of {flags.batch_size} pairs")
-            return 0
-
-        # -- on the device
-        run = Run(flags, ranks, directory, tokenizer, model, parts, ending)
-        network, optimizer, trained = run.network, run.optimizer, [*run.trained.values()]
-        start = restore(checkpoint, run) if checkpoint else 0
-        signal.signal(signal.SIGTERM, run.ask)
-        signal.signal(signal.SIGINT, run.ask)
-        if ranks.first:
-            begin_files(run, checkpoint, start)
-        if not run.total or run.eval_steps and not checkpoint:
-            evaluate(run, 0, 0.0)
-        if not run.total:
-            ranks.say(f"{time.perf_counter() - begun:.0f} seconds in all")
-            return 0
-        if network is not model:  # DDP orders its sums anew after one backward, a resumed run's too
-            batch = data.pack([run.pairs[0]], prompt_loss=flags.prompt_loss).to(ranks.device)
-            pack_loss(run, network, batch, (1, 1), balance_factors(run, [batch]))[0].backward()
-            optimizer.zero_grad(set_to_none=False)
-        run.clock = time.perf_counter()
-
-        # -- the loop
-        steps, hidden = range(start + 1, run.total + 1), None if ranks.first else True  # None: no terminal
-        for step in tqdm(steps, "training", run.total, initial=start, unit=" steps", disable=hidden):
-            indices, epoch = data.step_indices(len(run.pairs), flags.batch_size, flags.seed, step - 1)
-            batches, counts = run.packs(run.pairs, indices)
-            balance = balance_factors(run, batches)
-            sums = torch.zeros(len(run.names), dtype=torch.float64, device=ranks.device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(flags, step - 1, run.total)
-            for batch in batches:
-                # DDP: gradients meet in the last micro-step only, overlapping with its backward
-                alone = network is not model and batch is not batches[-1]
-                with network.no_sync() if alone else nullcontext():
-                    loss, metrics = pack_loss(run, network, batch, counts, balance)
-                    # Ranks' gradients are averaged, here they add up. A loss that is not finite makes all so.
-                    loss.backward(torch.where(loss.isfinite(), float(ranks.count), torch.nan).to(loss.dtype))
-                sums += metrics
-            norm = whole(torch.nn.utils.get_total_norm([p.grad for p in trained]))
-            if flags.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(trained, flags.max_grad_norm, norm)
-            finite = norm.isfinite()
-            optimizer.found_inf = (~finite).float()  # where it is 1, all stays as it is
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=network is model)  # with DDP set to none, they would exist twice
-            once = torch.stack([norm, finite]) / ranks.count  # the same on all
-            run.sums += torch.where(finite, torch.cat([sums, once]), 0.0)
-            run.unseen.append((step, indices, finite))
-            run.indices.append(indices)
-
-            signalled = int(ranks.sum(torch.tensor(run.signal), dist.ReduceOp.MAX))  # by any of the ranks
-            logging = step % flags.logging_steps == 0 or step == run.total
-            saving = flags.save_steps and (step % flags.save_steps == 0 or step == run.total) or signalled
-            if logging or saving:
-                report_bad(run)
-            if logging:
-                log_line(run, step, epoch)
-            pause = time.perf_counter()
-            if run.eval_steps and (step % run.eval_steps == 0 or step == run.total):
-                evaluate(run, step, epoch)
-            saved = bool(saving) and not run.in_a_row  # no checkpoint of what may be poisoned
-            if saved:
-                save_checkpoint(run, step)
-            run.clock += time.perf_counter() - pause
-            if signalled and step < run.total:
-                ranks.say(f"{signal.Signals(signalled).name}: stopped after step {step}{', saved' * saved}; "
-                          f"go on with --resume --output_dir {flags.output_dir}")
-                return 128 + signalled
-        logged = []
-        for line in (directory.path / "metrics.jsonl").read_text().splitlines() if ranks.first else ():
-            with suppress(ValueError):  # a line that somebody garbled
-                logged.append(json.loads(line))
-        write_model(run, logged)
-        summarise(run, logged, time.perf_counter() - begun)
-        return 0
+# The program: an error that the user can put right is one line.
 
 
 def explain(error):
-    """What to tell of an error that a lost rank or a missing compiler caused; empty for any other."""
-    if re.match(r"torch\._(inductor|dynamo)", type(error).__module__):
+    """One line about an error that is no mistake of this code, else None."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error):
+        return "out of memory; lower --max_tokens or add --gradient_checkpointing: the result stays the same"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"--compile needs a C++ compiler, on a GPU Triton ({type(error).__name__}); leave it out"
-    lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I)
-    return "another rank has ended, see what it says, or is late beyond --ddp_timeout" if lost else ""
+    if isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I):
+        return "another rank has ended (see what it says), or is late beyond --ddp_timeout"
+    return None
 
 
 if __name__ == "__main__":
-    advice = "lower --max_tokens or add --gradient_checkpointing; neither changes the result"
-    status = data.run_program("train.py", main, advice, explain)
-    sys.stdout.flush()
-    if dist.is_initialized() and not 0 < status < 128:  # of a failed run the others may be gone or waiting
-        dist.destroy_process_group()
-    if "RANK" in os.environ:  # gloo's threads outlive that, and have aborted ranks when Python's end met them
-        os._exit(status)
+    try:
+        status = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        status = 1
+        line = explain(error)
+        if line is None or "--debug" in sys.argv:
+            raise
+        tqdm.write(f"train.py: {line}", file=sys.stderr)
+    if WORLD_SIZE > 1:
+        if status != 1:  # else the other ranks may be gone, or waiting
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)  # gloo's threads live on, and could abort a normal exit
     sys.exit(status)
