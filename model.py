@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data import UserError, fetch, read_json, where, write_json
 
-CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits (floats) that scoring holds at a time
+CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits (floats) that scoring computes at a time
+KEPT = 2**27  # logits that it keeps for the backward pass, if a pack has no more
 # torch 2.11 takes fewer key heads than query heads without being told; later releases want this argument
 GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -345,28 +346,43 @@ def wide_product(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
+def add_product(total, a, b):
+    """total += a @ b, in fp32 also of half-precision factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)  # in one pass over the total, which is as large as the vocabulary
+    else:
+        total += wide_product(a, b)
+
+
 def chunks(h, weight):
     """Slices of the positions of h (S, C), each of so many that they have at most CHUNK logits."""
     size = max(1, CHUNK.get(h.device.type, 2**26) // len(weight))
     return [slice(start, start + size) for start in range(0, len(h), size)]
 
 
-def chunk_logits(h, weight, bias):
+def vocabulary_logps(h, weight, bias):
+    """log softmax(h W^T + b), fp32."""
     logits = wide_product(h, weight.T)
-    return logits if bias is None else logits.add_(bias)
+    if bias is not None:
+        logits += bias
+    return logits.log_softmax(-1)
 
 
 class TargetLogps(torch.autograd.Function):
-    """target_logps, with a backward pass that computes the logits again."""
+    """target_logps. Its backward pass needs the log-probabilities of the whole vocabulary: with `keep` the
+    forward pass keeps them, else they are computed again."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, targets):
+    def forward(ctx, h, weight, bias, targets, keep):
         ctx.save_for_backward(h, weight, bias, targets)
+        ctx.kept = []
         w = weight.to(h.dtype)
         logps = torch.empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         for rows in chunks(h, w):
-            logits = chunk_logits(h[rows], w, bias)  # (rows, V)
-            logps[rows] = logits.log_softmax(-1).gather(1, targets[rows, None])[:, 0]
+            all_logps = vocabulary_logps(h[rows], w, bias)  # (rows, V)
+            logps[rows] = all_logps.gather(1, targets[rows, None])[:, 0]
+            if keep:
+                ctx.kept.append(all_logps)
         return logps
 
     @staticmethod
@@ -378,8 +394,9 @@ class TargetLogps(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen
         db = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         with torch.autocast(h.device.type, enabled=False):
-            for rows in chunks(h, w):
-                d = chunk_logits(h[rows], w, bias).softmax(-1)  # (rows, V)
+            for chunk, rows in enumerate(chunks(h, w)):
+                all_logps = ctx.kept[chunk] if ctx.kept else vocabulary_logps(h[rows], w, bias)
+                d = all_logps.exp()  # (rows, V)
                 d[torch.arange(len(d), device=d.device), targets[rows]] -= 1
                 d *= -grad[rows, None]  # the gradient of the logits: (onehot - softmax) * grad
                 if db is not None:
@@ -387,16 +404,17 @@ class TargetLogps(torch.autograd.Function):
                 d = d.to(h.dtype)
                 dh[rows] = wide_product(d, w).to(h.dtype)
                 if dw is not None:
-                    dw += wide_product(d.T, h[rows])
-        return dh, dw, db, None
+                    add_product(dw, d.T, h[rows])
+        return dh, dw, db, None, None
 
 
 def target_logps(h, weight, bias, targets):
     """log softmax(h W^T + b)[target], fp32: h (S, C), weight (V, C), bias (V,) or None, targets (S,). The
-    logits of all positions are never in memory, in neither pass; checkpointing would hold them in one."""
+    logits of all positions are in memory only if there are no more than KEPT of them."""
     h = h.to(compute_dtype(weight))
     with torch.autocast(h.device.type, enabled=False):
-        return TargetLogps.apply(h, weight, bias, targets)
+        keep = torch.is_grad_enabled() and len(h) * len(weight) <= KEPT
+        return TargetLogps.apply(h, weight, bias, targets, keep)
 
 
 # -----------------------------------------------------------------------------------------------------------

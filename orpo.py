@@ -21,11 +21,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from data import CHOSEN, PARTS, PREFIX, REJECTED
+from data import CHOSEN, PARTS, PREFIX, REJECTED, pack
 
-# The smallest 1 - P that log_odds computes with. A mean of fp32 log-probabilities is either 0 or below about
-# -1e-11, so this only matters at P = 1 itself. It limits the gradient towards the rejected response, which
-# really grows as 1 / (1 - P_l), to 1e30. The gradient towards the chosen one is right there: odds_l / P_w.
+# The smallest 1 - P that log_odds computes with. It matters at P = 1 alone, since a mean of fp32
+# log-probabilities is 0 or below about -1e-11. There it limits the gradient towards the rejected response,
+# 1 / (1 - P_l), to 1e30; the gradient towards the chosen one, odds_l / P_w, is exact.
 SMALLEST = 1e-30
 
 
@@ -42,14 +42,13 @@ def log_odds(logps):
 
 
 def odds_ratio_loss(chosen_logps, rejected_logps):
-    """L_OR of each pair, Eq. 7, from the mean log-probabilities of its responses, Eq. 3: (N,), (N,) ->
-    (N,)."""
+    """L_OR of each pair, Eq. 7, from mean log-probabilities, Eq. 3: (N,), (N,) -> (N,)."""
     return -F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
 
 
 def part_sums(logps, batch):
-    """(T,) log-probabilities of a batch's targets -> (N, PARTS): their sums over each pair's prompt (0 where
-    prompts are not scored), chosen and rejected response. Divided by batch.counts: means."""
+    """(T,) log-probabilities -> (N, PARTS): their sums over prompt (0 where it is not scored), chosen and
+    rejected response of each pair. batch.owner (T,), PARTS * pair + part, says where each belongs."""
     zeros = logps.new_zeros(batch.counts.numel())
     return zeros.index_add(0, batch.owner, logps).view_as(batch.counts)
 
@@ -74,9 +73,9 @@ def orpo_loss(logps, batch, beta, tokens=None, pairs=None):
     loss = nll + beta * preference.sum() / pairs  # Eq. 6
 
     with torch.no_grad():
-        of_pairs = {  # (N,) each
-            "log_odds_ratio": -preference,
-            "log_odds_chosen": log_odds(chosen) - log_odds(rejected),
+        per_pair = {  # (N,) each
+            "log_odds_ratio": -preference,  # TRL's name for log sigmoid(log OR)
+            "log_odds_chosen": log_odds(chosen) - log_odds(rejected),  # log OR
             "rewards/chosen": beta * chosen,
             "rewards/rejected": beta * rejected,
             "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
@@ -85,20 +84,19 @@ def orpo_loss(logps, batch, beta, tokens=None, pairs=None):
             "logps/rejected": rejected,
         }
         metrics = {"loss": loss.detach(), "nll_loss": nll.detach()}
-        for name, values in of_pairs.items():
+        for name, values in per_pair.items():
             metrics[name] = values.sum() / pairs
     return loss, metrics
 
 
 def closed_form(chosen_logps, rejected_logps):
-    """dL_OR / d log P_w and dL_OR / d log P_l of each pair by Eqs. 8 to 10, in float64: (N,), (N,) -> the
-    same."""
+    """dL_OR / d log P_w and dL_OR / d log P_l of each pair by Eqs. 8 to 10, float64: (N,), (N,) -> both."""
     chosen, rejected = chosen_logps.double(), rejected_logps.double()
     odds_ratio = (log_odds(chosen) - log_odds(rejected)).exp()  # odds_w / odds_l
     delta = 1 / (1 + odds_ratio)  # Eq. 9
-    d_chosen = -delta / -torch.expm1(chosen.clamp(max=-SMALLEST))  # Eq. 10: -delta / (1 - P_w)
-    d_rejected = delta / -torch.expm1(rejected.clamp(max=-SMALLEST))  # Eq. 10: delta / (1 - P_l)
-    return d_chosen, d_rejected
+    not_chosen = -torch.expm1(chosen.clamp(max=-SMALLEST))  # 1 - P_w
+    not_rejected = -torch.expm1(rejected.clamp(max=-SMALLEST))  # 1 - P_l
+    return -delta / not_chosen, delta / not_rejected  # Eq. 10: the factors of d log P_w and d log P_l
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -141,7 +139,6 @@ def check_pair(chosen, rejected):
 
 def small_decoder():
     """A decoder of two layers in float64, and a batch of three pairs."""
-    from data import pack
     from model import Config, Transformer
 
     config = Config.from_hf(dict(

@@ -32,7 +32,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
-# Before importing torch: threads that spin while they wait slow shared cores down.
+# Before importing torch: threads that spin while waiting slow down shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -60,24 +60,24 @@ class Flags:
     data: list = ()  # preference pairs: .jsonl, .jsonl.gz, .json, .parquet files, or hub ids, id[:split]
     eval_data: list = ()  # pairs to evaluate on, in the same forms
     eval_pairs: int = None  # held out of --data (default: a tenth, at most 200; none with --eval_data)
-    prompt_column: str = ""  # where the prompt stands, if in no column of a usual name; none: nowhere
+    prompt_column: str = ""  # column of the prompt, if not one of the usual; none: the answers share it
     chat_template: str = ""  # file with a jinja template, in place of the model's own
     max_length: int = 1024  # tokens of the longest prompt + response
-    max_prompt_length: int = None  # what a prompt is cut to beyond --max_length (default: half of it)
+    max_prompt_length: int = None  # its tokens kept if prompt + response exceed --max_length (default: half)
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"  # which end of a cut prompt is kept
 
     # the method
     beta: float = 0.1  # weight of L_OR: lambda in the paper, alpha in the authors' code; 0: plain SFT
     prompt_loss: bool = True  # L_SFT over prompt + chosen (authors' code, TRL); --no-: over chosen (paper)
-    output_router_logits: bool = False  # mixtures of experts: add the load-balancing loss
+    output_router_logits: bool = None  # mixtures of experts: add the balancing loss (default: config.json's)
     lora_r: int = 0  # rank of LoRA adapters, trained in place of the frozen model; 0: train the model
     lora_alpha: float = 16.0  # the adapters' updates are scaled by lora_alpha / lora_r
 
     # the optimizer and its schedule
     batch_size: int = 32  # pairs per optimizer step, over all devices
-    learning_rate: float = None  # AdamW's peak (default: 5e-6 sqrt(7e9 / parameters), to 1e-3; LoRA 2e-4)
+    learning_rate: float = None  # AdamW's peak (default: 5e-6 sqrt(7e9 / size) <= 1e-3, LoRA 2e-4)
     lr_scheduler_type: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"  # after the warmup
-    warmup_steps: int = 0  # steps from 0 to the peak; over --warmup_ratio if positive
+    warmup_steps: int = 0  # steps up to the peak; if positive, it overrides --warmup_ratio
     warmup_ratio: float = 0.1  # the same as a fraction of all steps
     weight_decay: float = 0.0  # decoupled; of matrices, not of norms and biases
     adam_beta1: float = 0.9  # decay of the first moment
@@ -85,12 +85,12 @@ class Flags:
     adam_epsilon: float = 1e-8  # added to the root of the second moment
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     num_train_epochs: float = 3.0  # passes over the pairs
-    max_steps: int = None  # optimizer steps, over --num_train_epochs; 0: only evaluate the model
+    max_steps: int = None  # optimizer steps; overrides --num_train_epochs; 0: only evaluate the model
     seed: int = 0  # of the epochs' orders, the demo's weights and the adapters
 
     # speed and memory: no effect on the result, up to rounding
-    dtype: Literal["bfloat16", "float32"] = None  # of matrix products, not of weights (default: the GPU's)
-    max_tokens: int = 8192  # tokens per pack and device: the memory knob
+    dtype: Literal["bfloat16", "float32"] = None  # of products (default: bfloat16 on a GPU that has it)
+    max_tokens: int = None  # tokens per pack and device: the memory knob (default: 8192, on a CPU 2048)
     gradient_checkpointing: bool = False  # recompute blocks in the backward: a quarter more time, less memory
     compile: bool = False  # torch.compile the blocks: faster on GPUs after a minute's start
     shard: bool = False  # spread weights, gradients and moments over the ranks (FSDP2) instead of DDP
@@ -102,12 +102,12 @@ class Flags:
     resume: bool = False  # continue from the newest checkpoint with its flags; without one, start the run
     config: str = ""  # JSON file of flags, such as a run's train_config.json; the command line wins
     logging_steps: int = 10  # steps per line of metrics.jsonl, which gives their mean
-    eval_steps: int = None  # steps between evaluations, also before and after; 0: none (default: a tenth)
+    eval_steps: int = None  # steps between evaluations; also before and after; 0: none (default: total / 10)
     generate_during_eval: int = 2  # answers shown at each evaluation and kept in samples.jsonl
-    save_steps: int = 500  # steps between checkpoints; there is always one at the end; 0: none at all
+    save_steps: int = 500  # steps between checkpoints; also at the end; 0: only when stopped
     save_total_limit: int = 2  # newest checkpoints kept; 0: all
-    save_dtype: Literal["bfloat16", "float16", "float32", "float64"] = None  # final (default: as before)
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log to
+    save_dtype: Literal["bfloat16", "float16", "float32"] = None  # of the final model (default: as loaded)
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # another log
     run_name: str = ""  # for --report_to (default: the name of --output_dir)
     push_to_hub: str = ""  # repository of the hub to upload the final model to
     dry_run: bool = False  # read and tokenize, show what would be trained of the first pairs, and end
@@ -154,10 +154,10 @@ def train(flags, checkpoint, device, report):
     started = time.perf_counter()
 
     # Model and pairs. What is wrong with them shows here, before any weights are read.
-    tokenizer, model = load_model(flags, checkpoint)
+    tokenizer, model = outline_model(flags, checkpoint)
     pairs, eval_sets = load_pairs(flags, tokenizer)
-    parts = [pairs, *eval_sets.values()]
-    check_fit(flags, model, parts)
+    all_sets = [pairs, *eval_sets.values()]
+    check_fit(flags, model, all_sets, device)
     total = total_steps(flags, len(pairs))
     if flags.dry_run:
         print0(data.describe(pairs, tokenizer, flags.prompt_loss))
@@ -165,31 +165,30 @@ def train(flags, checkpoint, device, report):
         return 0
 
     # The weights, the optimizer, and where a resumed run stands.
-    network = place(model, flags, device)  # what the loop calls: the model, or DDP around it
-    parameters = sum(p.numel() for p in model.parameters())
-    settle_defaults(flags, model, parameters, total)
+    network = load_weights(model, flags, device)  # what the loop calls: the model, or DDP around it
+    ddp = network is not model
+    size = sum(p.numel() for p in model.parameters())
+    settle_defaults(flags, model, size, total)
     optimizer = make_optimizer(flags, model)
-    fingerprint = [zlib.crc32(part.tokens.tobytes() + part.ends.tobytes()) for part in parts]
+    fingerprint = [zlib.crc32(part.tokens.tobytes() + part.ends.tobytes()) for part in all_sets]
     start = 0  # steps that are done
-    recent = []  # the metrics of each step since the last line of metrics.jsonl
+    recent = []  # the metrics of each step since the last training line of metrics.jsonl
     if checkpoint:
-        start, recent = load_checkpoint(checkpoint, flags, model, optimizer, fingerprint)
+        start, recent = load_checkpoint(checkpoint, model, optimizer, fingerprint)
     begin_files(flags, checkpoint, start)
-    if network is not model:
-        settle_ddp(flags, model, network, pairs, device)
-    print0(f"{parameters:,} parameters, {len(pairs)} pairs, {total} steps, {flags.dtype} on {WORLD_SIZE} "
+    print0(f"{size:,} parameters, {len(pairs)} pairs, {total} steps, {flags.dtype} on {WORLD_SIZE} "
            f"{device.type}, beta {flags.beta:g}, rate {flags.learning_rate:.2g}")
     stop_signals = catch_signals()
     epoch = 0.0
-    bad_in_a_row = 0  # steps without a finite loss and gradient, up to the last line of metrics.jsonl
-    seen = []  # indices of the pairs of the steps since that line
-    clock = time.perf_counter()  # when these steps began, less the pauses between them
+    bad_in_a_row = 0  # steps without a finite loss and gradient, up to that line
+    seen = []  # indices of the pairs of this run's steps since then
+    clock = time.perf_counter()  # start of these steps, moved on by every pause
 
     for step in progress_bar(start, total):
         # Before each step and after the last one: an evaluation and a checkpoint, where they are due.
         pause = time.perf_counter()
-        stop = any_rank(stop_signals)
-        just_resumed = checkpoint and step == start
+        stop = received_signal(stop_signals)  # a signal's number, on any rank, or 0
+        just_resumed = checkpoint and step == start  # this evaluation is in metrics.jsonl already
         if due(step, flags.eval_steps, total) and not just_resumed:
             for name, eval_pairs in eval_sets.items():
                 line = {"step": step, "epoch": round(epoch, 6)}
@@ -206,34 +205,34 @@ def train(flags, checkpoint, device, report):
 
         # Forward and backward, over this rank's packs of the step's pairs.
         indices, epoch = data.step_indices(len(pairs), flags.batch_size, flags.seed, step)
-        batches, counts = make_batches(flags, pairs, indices, device)
-        balance = balance_factors(flags, model, batches)
+        batches, divisors = make_batches(flags, pairs, indices, device)
+        balance = balance_factors(flags, model, batches)  # None, if not for a mixture of experts
         metrics = {}
         for batch in batches:
-            # DDP sums the gradients over the ranks once, in the backward pass of the last pack.
-            accumulate = network is not model and batch is not batches[-1]
-            with network.no_sync() if accumulate else nullcontext():
-                loss, pack_metrics = pack_loss(flags, network, batch, counts, balance)
-                (loss * WORLD_SIZE).backward()  # DDP and FSDP average over the ranks; these losses add up
+            if ddp:  # it averages the gradients once a step, in the backward pass of the last pack
+                network.require_backward_grad_sync = batch is batches[-1]
+            loss, pack_metrics = pack_loss(flags, network, batch, divisors, balance)
+            (loss * WORLD_SIZE).backward()  # DDP and FSDP average over the ranks; these losses add up
             metrics = add(metrics, pack_metrics)
         metrics = sum_over_ranks(metrics)
 
         # Clip the gradient and update the weights, unless the loss or the gradient is not finite.
         norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), flags.max_grad_norm or math.inf)
-        metrics["grad_norm"] = whole(norm)
+        metrics["grad_norm"] = whole(norm)  # with --shard it is spread over the ranks
+        rate = learning_rate(flags, step, total)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(flags, step, total)
+            group["lr"] = rate
         update(optimizer, metrics["loss"].isfinite() & metrics["grad_norm"].isfinite())
-        optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients are views of its buckets
+        optimizer.zero_grad(set_to_none=not ddp)  # DDP's gradients are views of its buckets, and stay
         recent.append(metrics)
         seen.append(indices)
 
-        # A line of metrics.jsonl: means over the finite steps since the last one. Here the host waits.
+        # A line of metrics.jsonl: means over the finite steps since the last one. Only here, and for an
+        # evaluation or a checkpoint, does the CPU wait for the GPU.
         if due(step + 1, flags.logging_steps, total):
             finite, bad_in_a_row = finite_steps(recent, bad_in_a_row, total)
             if finite:
-                line = {"step": step + 1, "epoch": round(epoch, 6), **means(finite)}
-                line["learning_rate"] = learning_rate(flags, step, total)
+                line = {"step": step + 1, "epoch": round(epoch, 6), **means(finite), "learning_rate": rate}
                 spans = pairs.spans()[np.concatenate(seen)]
                 line |= speed(flags, model, spans, time.perf_counter() - clock)
                 log_training(flags, report, line, total, skipped=len(recent) - len(finite))
@@ -244,7 +243,7 @@ def train(flags, checkpoint, device, report):
         print0(f"{signal.Signals(stop).name}: stopped after step {step}; "
                f"continue with --resume --output_dir {flags.output_dir}")
         return 128 + stop
-    if total:
+    if total:  # else nothing was trained
         save_model(flags, model, tokenizer)
         push_to_hub(flags)
         summarise(flags, model, tokenizer, eval_sets, time.perf_counter() - started)
@@ -264,14 +263,18 @@ def parse_flags(arguments):
     """Command line -> Flags, and the checkpoint to continue from, or None. A flag has the value of the last
     of these that gives one: the demo's defaults, the checkpoint's record, --config, the command line."""
     parser = make_parser()
-    typed = vars(parser.parse_args(arguments))
-    configured = from_file(parser, typed["config"]) if "config" in typed else {}
-    flags = Flags(**{**configured, **typed})
-    checkpoint = newest_checkpoint(flags.output_dir) if flags.resume else None
-    recorded = from_file(parser, checkpoint / "train_config.json") if checkpoint else {}
-    given = {**recorded, **configured, **typed}
-    demo = not any(given.get(name) for name in ("model", "data", "eval_data"))
-    flags = Flags(**{**(DEMO if demo else {}), **given})
+    given = vars(parser.parse_args(arguments))
+    if "config" in given:
+        given = from_file(parser, given["config"]) | given
+    recorded = {}
+    checkpoint = None
+    if given.get("resume"):
+        checkpoint = newest_checkpoint(given.get("output_dir", Flags.output_dir))
+    if checkpoint:
+        recorded = from_file(parser, checkpoint / "train_config.json")
+        given = recorded | given
+    demo = not (given.get("model") or given.get("data") or given.get("eval_data"))
+    flags = Flags(**(DEMO | given if demo else given))
     if demo and flags.resume and not checkpoint:
         parser.error(f"--resume: no checkpoint in {flags.output_dir}, and no --model to start")
     check_flags(flags, demo, parser.error)
@@ -417,7 +420,7 @@ def check_output_dir(flags, checkpoint):
         raise UserError(f"{out} holds a model that no run wrote; choose another --output_dir")
     if flags.overwrite_output_dir and Path(flags.model).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--overwrite_output_dir would remove {out}, which holds --model {flags.model}")
-    starts_anew = flags.overwrite_output_dir or flags.resume and not has_model
+    starts_anew = flags.overwrite_output_dir or (flags.resume and not has_model)
     if has_run and not checkpoint and not starts_anew:
         raise UserError(f"{out} holds a run; --resume continues it where it has a checkpoint, "
                         "--overwrite_output_dir removes it")
@@ -449,15 +452,16 @@ def reporter(flags):
 # Set-up: model, pairs, optimizer.
 
 
-def load_model(flags, checkpoint):
-    """Tokenizer, and model without its weights: `place` reads these, once all is known to fit."""
-    if not flags.model and not checkpoint:
+def outline_model(flags, checkpoint):
+    """Tokenizer, and model without its weights: load_weights reads these, once all is known to fit."""
+    source = checkpoint or flags.model
+    base = flags.model if flags.lora_r else source  # a checkpoint of adapters has no model
+    if not base:
         tokenizer = data.demo_tokenizer()
         shape = dict(DEMO_SHAPE, vocab_size=tokenizer.backend.get_vocab_size(), eos_token_id=tokenizer.eos_id)
         return tokenizer, Transformer(Config.from_hf(shape), shape).initialise(flags.seed)
-    whole_model = checkpoint if checkpoint and not flags.lora_r else flags.model  # else adapters alone
-    model = Transformer.outline(whole_model, revision=flags.revision)
-    tokenizer = data.Tokenizer.from_pretrained(checkpoint or flags.model, revision=flags.revision)
+    model = Transformer.outline(base, revision=flags.revision)
+    tokenizer = data.Tokenizer.from_pretrained(source, revision=flags.revision)
     if checkpoint:  # templates that read the clock have to see the time at which the run began
         tokenizer.clock = datetime.fromisoformat(read_json(checkpoint / "state.json")["clock"])
     return tokenizer, model
@@ -475,7 +479,8 @@ def train_and_eval_pairs(flags, tokenizer):
     """As load_pairs. Where nothing is trained, each file of --eval_data is evaluated for itself."""
     if flags.max_steps == 0 and flags.eval_data:
         eval_sets = {name: tokenize(flags, tokenizer, [name]) for name in flags.eval_data}
-        return next(iter(eval_sets.values())), eval_sets
+        first = next(iter(eval_sets.values()))  # in place of pairs to train on
+        return first, eval_sets
     pairs = tokenize(flags, tokenizer, flags.data)
     if flags.eval_data:
         return pairs, {"--eval_data": tokenize(flags, tokenizer, flags.eval_data)}
@@ -521,8 +526,8 @@ def use_template(flags, tokenizer, rows):
         print0("no chat template: Alpaca's text, saved with the model")
 
 
-def check_fit(flags, model, parts):
-    """Do pairs, model and flags go together?"""
+def check_fit(flags, model, parts, device):
+    """Do pairs, model and flags go together? Settles --max_tokens."""
     spans = np.concatenate([pairs.spans() for pairs in parts])
     longest = int((spans[:, 0] + spans[:, 1:].max(1)).max()) + 1  # prompt + response
     largest_tree = int(spans.sum(1).max())
@@ -532,6 +537,8 @@ def check_fit(flags, model, parts):
                         "is not the model's")
     if model.max_positions and longest > model.max_positions:
         raise UserError(f"{longest} tokens in a model of {model.max_positions} positions; lower --max_length")
+    if flags.max_tokens is None:
+        flags.max_tokens = max(largest_tree, 2048 if device.type == "cpu" else 8192)
     if flags.max_tokens < largest_tree:
         raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair takes {largest_tree}")
     if longest > model.config.max_position_embeddings:
@@ -545,7 +552,7 @@ def total_steps(flags, pairs):
     return math.ceil(flags.num_train_epochs * math.ceil(pairs / flags.batch_size))
 
 
-def place(model, flags, device):
+def load_weights(model, flags, device):
     """Load the weights on this rank's device -> the module that the loop calls: the model itself, or with DDP
     around it; with --shard (FSDP2) its parameters are spread over the ranks."""
     if flags.lora_r:
@@ -568,16 +575,16 @@ def place(model, flags, device):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def settle_defaults(flags, model, parameters, total):
+def settle_defaults(flags, model, size, total):
     """Settle the flags whose defaults depend on the model and the data."""
     if flags.learning_rate is None:
-        flags.learning_rate = 2e-4 if flags.lora_r else min(1e-3, 5e-6 * math.sqrt(7e9 / parameters))
+        flags.learning_rate = 2e-4 if flags.lora_r else min(1e-3, 5e-6 * math.sqrt(7e9 / size))
     if flags.eval_steps is None:
         flags.eval_steps = max(1, total // 10)
     if flags.save_dtype is None:
         flags.save_dtype = str(model.file_dtype).removeprefix("torch.")
-    asked = flags.output_router_logits or model.config.output_router_logits
-    flags.output_router_logits = bool(asked and model.config.moe_layers)
+    if flags.output_router_logits is None:
+        flags.output_router_logits = model.config.output_router_logits
 
 
 def trained(model):
@@ -595,9 +602,9 @@ def make_optimizer(flags, model):
 
 
 @torch.no_grad()
-def load_checkpoint(checkpoint, flags, model, optimizer, fingerprint):
+def load_checkpoint(checkpoint, model, optimizer, fingerprint):
     """Fill the optimizer's state and the adapters -> the steps done, and the metrics of those since the last
-    line of metrics.jsonl."""
+    training line of metrics.jsonl."""
     state = read_json(checkpoint / "state.json")
     if state["pairs"] != fingerprint:
         raise UserError(f"{checkpoint}: the pairs are not those that this run was started with")
@@ -620,7 +627,7 @@ def load_checkpoint(checkpoint, flags, model, optimizer, fingerprint):
 
 
 def begin_files(flags, checkpoint, start):
-    """An overwritten run goes; of a resumed one, what is later than its checkpoint."""
+    """Remove an overwritten run, or the lines after a resumed run's checkpoint; write train_config.json."""
     out = Path(flags.output_dir)
     if RANK != 0:
         return
@@ -659,15 +666,6 @@ def remove_run(out):
         path.unlink()
 
 
-def settle_ddp(flags, model, network, pairs, device):
-    """DDP changes the order of its sums after its first backward pass. With one before the first step, a
-    resumed run sums in the same order as one that was never interrupted."""
-    batches, counts = make_batches(flags, pairs, np.array([0]), device)
-    loss, _ = pack_loss(flags, network, batches[0], counts, balance_factors(flags, model, batches))
-    loss.backward()
-    model.zero_grad(set_to_none=False)
-
-
 def catch_signals():
     """A list that holds SIGTERM or SIGINT once it has come: the step in hand is finished and saved. A second
     SIGINT ends the program at once."""
@@ -693,7 +691,7 @@ def progress_bar(start, total):
     return tqdm(steps, "training", total, initial=start, unit=" steps", disable=None if RANK == 0 else True)
 
 
-def any_rank(stop_signals):
+def received_signal(stop_signals):
     """The number of a signal that came to any of the ranks, or 0."""
     return int(all_reduce(torch.tensor(max(stop_signals, default=0)), dist.ReduceOp.MAX))
 
@@ -701,11 +699,12 @@ def any_rank(stop_signals):
 @torch.no_grad()
 def evaluate(flags, model, pairs, device):
     """The metrics of some pairs, as if they were one step: {eval_loss: ...}."""
-    batches, counts = make_batches(flags, pairs, np.arange(len(pairs)), device)
+    batches, divisors = make_batches(flags, pairs, np.arange(len(pairs)), device)
     balance = balance_factors(flags, model, batches)
     metrics = {}
     for batch in batches:
-        metrics = add(metrics, pack_loss(flags, model, batch, counts, balance)[1])
+        _, pack_metrics = pack_loss(flags, model, batch, divisors, balance)
+        metrics = add(metrics, pack_metrics)
     return {f"eval_{name}": value.item() for name, value in sum_over_ranks(metrics).items()}
 
 
@@ -753,13 +752,14 @@ def last_words(tokenizer, prompt):
         return prompt
     turn = [{"role": "user", "content": "WORDS"}]
     before, _, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True).rpartition("WORDS")
-    return prompt.removesuffix(after).split(before[-10:] or after)[-1]
+    prompt = prompt.removesuffix(after)
+    return prompt.split(before[-10:])[-1] if before else prompt
 
 
 def answers_to(flags, model, tokenizer, pairs, count, max_new_tokens):
     """(prompt, greedy answer) of the first pairs, on the first rank, and with --shard on all."""
     prompts = [pairs[i][PREFIX].tolist() for i in range(min(count, len(pairs)))]
-    if not prompts or RANK != 0 and not flags.shard:
+    if not prompts or (RANK != 0 and not flags.shard):
         return []
     # not compiled: it would be a graph for each length
     with torch.compiler.set_stance("force_eager"), autocast(flags, model.lm_head.weight.device):
@@ -775,7 +775,9 @@ def autocast(flags, device):
 def gather(flags, tensors):
     """{name: tensor}, whole and on the CPU, on the first rank; with --shard all ranks give their part."""
     found = {}
-    for name, tensor in tensors.items() if RANK == 0 or flags.shard else ():
+    if RANK != 0 and not flags.shard:
+        return found
+    for name, tensor in tensors.items():
         tensor = whole(tensor.detach())
         if RANK == 0:
             found[name] = tensor.cpu()
@@ -816,7 +818,7 @@ def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recen
         if flags.save_total_limit:
             for old in list(checkpoints(out).values())[: -flags.save_total_limit]:
                 shutil.rmtree(old)
-    all_reduce(torch.zeros(1))  # wait until it is written: torchrun ends all ranks when one has ended
+    all_reduce(torch.zeros(1))  # wait until it is written: torchrun ends all ranks when one fails
 
 
 def flush(path):
@@ -840,15 +842,17 @@ def balance_factors(flags, model, batches):
     """The load-balancing loss of a mixture of experts is E sum_e f_e P_e. f, the fractions of the step's
     tokens that are sent to each expert, have to be known before any gradient: that takes a forward pass of
     its own. -> its coefficient and (E,) the factors of the sums of probabilities; None without that loss."""
-    if not flags.output_router_logits:
+    if not (flags.output_router_logits and model.config.moe_layers):
         return None
     config = model.config
     device = batches[0].inputs.device
     sent = torch.zeros(config.num_experts, device=device)
     with torch.no_grad(), autocast(flags, device):
         for batch in batches:
-            sent += model(batch, router_weight(batch))[1][0]
+            _, router = model(batch, router_weight(batch))
+            sent += router[0]
     tokens = all_reduce(sent).sum() / config.num_experts_per_tok
+    # f = sent / tokens, P = given / tokens
     return config.router_aux_loss_coef, config.num_experts * sent / tokens**2
 
 
@@ -857,22 +861,23 @@ def router_weight(batch):
     return torch.where(batch.owner % PARTS == PREFIX, 2.0, 1.0) * batch.share
 
 
-def pack_loss(flags, network, batch, counts, balance):
-    """What one pack adds to the loss of its step, and {name: what it adds to a metric}.  counts: the step's
-    tokens and pairs.  balance: of balance_factors."""
+def pack_loss(flags, network, batch, divisors, balance):
+    """What one pack adds to the loss of its step, and {name: what it adds to a metric}.  divisors: the step's
+    scored tokens and pairs.  balance: of balance_factors."""
     router = None
     with autocast(flags, batch.inputs.device):
         if balance is None:
             logps = network(batch)
         else:
             logps, router = network(batch, router_weight(batch))
-    loss, metrics = orpo_loss(logps, batch, flags.beta, *counts)
+    loss, metrics = orpo_loss(logps, batch, flags.beta, *divisors)
     if router is not None:
         coefficient, factors = balance
         aux_loss = factors @ router[1]
         loss = loss + coefficient * aux_loss
         metrics |= {"loss": loss.detach(), "aux_loss": aux_loss.detach()}
-    return loss * batch.share, {name: value.double() * batch.share for name, value in metrics.items()}
+    metrics = {name: value.double() * batch.share for name, value in metrics.items()}  # sums of many packs
+    return loss * batch.share, metrics
 
 
 def add(totals, metrics):

@@ -37,16 +37,22 @@ def save(figure, name):
     print(f"wrote assets/{name}")
 
 
-def train(*arguments):
-    """Run train.py in a fresh directory -> the evaluation and the other lines of its metrics.jsonl, and what
-    it printed."""
-    with tempfile.TemporaryDirectory() as out:
-        command = sys.executable, HERE.parent / "train.py", "--output_dir", out, "--save_steps", 0
-        words = [*map(str, command), *map(str, arguments)]
-        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    evaluations, steps = ([line for line in lines if key in line] for key in ("eval_loss", "loss"))
-    return evaluations, steps, done.stdout
+def train(*arguments, keep=None):
+    """Run train.py -> the evaluation and the other lines of its metrics.jsonl, and what it printed. In a
+    fresh directory, or in `keep`, where a run that is there already is not made again."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(keep or scratch)
+        log = out / "printed.txt"
+        if not log.exists():
+            command = sys.executable, HERE.parent / "train.py", "--output_dir", out, "--save_steps", 0
+            words = [*map(str, command), *map(str, arguments)]
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            log.write_text(done.stdout)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        printed = log.read_text()
+    evaluations = [line for line in lines if "eval_loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    return evaluations, steps, printed
 
 
 def span(values):
@@ -55,13 +61,16 @@ def span(values):
     return mean if least == most else f"{mean} ({least} to {most})"
 
 
-def sweep(name, seeds, *arguments):
+def sweep(name, args, *arguments):
     """The runs of each beta and seed: a table of their ends, a picture of mean and range on the way."""
     print("| beta | chosen, after | rejected, after | accuracy | right answers |")
     print("| --- | --- | --- | --- | --- |")
-    figure, axes = plt.subplots(1, len(BETAS), figsize=(9, 2.9), sharey=True)
-    for ax, beta in zip(axes, BETAS):
-        runs = [train("--beta", beta, "--seed", seed, *arguments) for seed in range(seeds)]
+    figure, axes = plt.subplots(1, len(args.betas), figsize=(9, 2.9), sharey=True)
+    for ax, beta in zip(axes, args.betas):
+        runs = []
+        for seed in range(args.seeds):
+            keep = args.runs and Path(args.runs, f"beta-{beta:g}-seed-{seed}")
+            runs.append(train("--beta", beta, "--seed", seed, *arguments, *args.rest, keep=keep))
         ends = [evaluations[-1] for evaluations, _, _ in runs]
         keys = "logps/chosen", "logps/rejected", "rewards/accuracies"
         columns = [[end[f"eval_{key}"] for end in ends] for key in keys]
@@ -83,12 +92,12 @@ def sweep(name, seeds, *arguments):
 
 
 def demo(args):
-    sweep("beta.svg", args.seeds, "--eval_steps", 25, *args.rest)
+    sweep("beta.svg", args, "--eval_steps", 25)
 
 
 def real(args):
     inputs = "--model", args.model, "--data", args.data
-    sweep("beta_real.svg", args.seeds, *inputs, "--eval_steps", 20, *args.rest)
+    sweep("beta_real.svg", args, *inputs, "--eval_steps", 20)
 
 
 def mask(args):
@@ -186,6 +195,8 @@ if __name__ == "__main__":
     p.add_argument("--model", help="directory or hub id")
     p.add_argument("--data", help="preference pairs")
     p.add_argument("--seeds", type=int, default=1, help="of `demo` and `real`")
+    p.add_argument("--betas", type=float, nargs="+", default=BETAS, help="of `demo` and `real`")
+    p.add_argument("--runs", help="keep the runs of `demo` and `real` here, and take those that are here")
     p.add_argument("--batch_size", type=int, default=8, help="of `speed`")
     p.add_argument("--steps", type=int, default=8, help="of `speed`")
     p.add_argument("--rounds", type=int, default=3, help="of `speed`")
