@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -183,70 +184,107 @@ def step_indices(count, batch_size, seed, step):
 
 
 def pair_texts(row, tokenizer):
-    """prompt, prompt + chosen, prompt + rejected as text; conversations through the chat template."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return [prompt, prompt + row["chosen"], prompt + row["rejected"]]
-    options = getattr(row, "template_options", {})
-    opening = ""
-    if prompt:
-        opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-    with_chosen = tokenizer.apply_chat_template(prompt + row["chosen"], **options)
-    with_rejected = tokenizer.apply_chat_template(prompt + row["rejected"], **options)
-    return [opening, with_chosen, with_rejected]
-
-
-def split_ids(prompt_alone, with_chosen, with_rejected, tokenizer, max_length, max_prompt_length,
-              truncation_mode):
-    """Ids of the three texts of pair_texts -> (prompt, chosen, rejected) as encode_pair describes them, and
-    whether they were cut."""
+    """The texts of prompt, prompt + chosen, prompt + rejected, these without EOS at their end. Conversations
+    go through the chat template, the prompt as a generator is asked."""
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no end-of-sequence token; tokenizer_config.json can set eos_token")
-    bos = []
-    # A template may have written BOS where the tokenizer would add none.
-    if tokenizer.adds_bos or with_chosen[:1] == [tokenizer.bos_id]:
-        bos = [tokenizer.bos_id]
-    bare = [ids[1:] if ids[:1] == bos else ids for ids in (prompt_alone, with_chosen, with_rejected)]
-    prompt = os.path.commonprefix(bare)  # tokens merged across the boundary belong to the responses
-    chosen = end_with_eos(bare[CHOSEN][len(prompt) :], tokenizer)
-    rejected = end_with_eos(bare[REJECTED][len(prompt) :], tokenizer)
-    if not prompt and not bos:  # some token has to open the branches: BOS or EOS, as in generation
-        bos = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
-    cut = len(bos) + len(prompt) + max(len(chosen), len(rejected)) > max_length
-    if cut:
-        room = (max_prompt_length or max_length // 2) - len(bos)
+    eos = re.escape(tokenizer.specials["eos_token"])
+    prompt = row["prompt"]
+    options = getattr(row, "template_options", {})
+    texts = [prompt or ""]
+    if prompt and isinstance(prompt, list):
+        texts = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)]
+    for name in ("chosen", "rejected"):
+        whole = prompt + row[name]
+        if isinstance(whole, list):
+            turns = whole
+            whole = tokenizer.apply_chat_template(turns, **options)
+            check_template(whole, turns, options, tokenizer)
+        texts.append(re.sub(rf"{eos}(\s|{eos})*$", "", whole))  # the template or the data may have written it
+    return texts
+
+
+def check_template(text, turns, options, tokenizer):
+    """Raise UserError if the text of a conversation would be the same without its tools, its tool calls, or
+    what one of its roles says."""
+    parts = {turn["role"] for turn in turns} - {"user", "assistant"}
+    parts |= {"tools", "tool_calls"} & {key for names in (options, *turns) for key in names if names[key]}
+    for part in parts:
+        others = [{**turn, part: None} for turn in turns]
+        for turn in others:
+            if turn["role"] == part:
+                turn["content"] = "OTHER"
+        same = False
+        with suppress(UserError):  # a template that refuses these tells them apart
+            same = tokenizer.apply_chat_template(others, **{**options, part: None}) == text
+        if same:
+            raise UserError(f"the chat template leaves out {part}")
+
+
+def prompt_ids(text, tokenizer):
+    """Ids of a prompt, from which a generator starts: BOS first, exactly once, where the tokenizer would put
+    it, and never none at all."""
+    return with_bos(tokenizer.encode(text), tokenizer)
+
+
+def with_bos(ids, tokenizer):
+    if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:  # a template may have written it
+        return [tokenizer.bos_id, *ids]
+    return ids or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+
+
+def continuation(text, prompt, whole, tokenizer):
+    """The ids of a response where those of the whole text do not begin with the prompt's, because tokens
+    would merge across its end: the response is encoded for itself."""
+    # Some tokenizers put a space before a text, but not after a line end, which is then taken off.
+    line_end = tokenizer.encode("\n")
+    ids = tokenizer.encode("\n" + text)
+    response = ids[len(line_end) :]
+    if tokenizer.decode(prompt + response) == tokenizer.decode(whole):
+        return response
+    return tokenizer.encode(text)
+
+
+def pair_ids(texts, ids, tokenizer, max_length, max_prompt_length, truncation_mode):
+    """The three texts of pair_texts and their ids -> [prompt, chosen, rejected] as encode_pair describes
+    them, and a set of notes on what was done."""
+    notes = set()
+    opening = texts[PREFIX]
+    prompt = with_bos(ids[PREFIX], tokenizer)
+    parts = [prompt]
+    for part in (CHOSEN, REJECTED):
+        whole = with_bos(ids[part], tokenizer)
+        shared = len(os.path.commonprefix([prompt, whole]))
+        response = whole[shared:]
+        if not texts[part].startswith(opening):  # it may end in a <think> that no answered text has
+            notes.add("the chat template writes an answer otherwise than it asks for one")
+        elif opening and shared < len(prompt):
+            response = continuation(texts[part][len(opening) :], prompt, whole, tokenizer)
+            notes.add("tokens would merge across the end of the prompt: answers are encoded for themselves")
+        parts.append(response + [tokenizer.eos_id] if response else [])
+    if len(prompt) + max(len(parts[CHOSEN]), len(parts[REJECTED])) > max_length:
+        notes.add("cut")
+        room = max_prompt_length or max_length // 2
+        bos = int(prompt[0] == tokenizer.bos_id)  # it stays
         if truncation_mode == "keep_start":
             prompt = prompt[:room]
         else:
-            prompt = prompt[max(0, len(prompt) - room) :]
-    prompt = bos + prompt
+            prompt = prompt[:bos] + prompt[max(bos, len(prompt) - room + bos) :]
     room = max_length - len(prompt)
-    return (prompt, chosen[:room], rejected[:room]), cut
-
-
-def end_with_eos(response, tokenizer):
-    """A response's ids with one EOS at the end, in place of those that stand there and white space after
-    them."""
-    end = len(response)
-    for i in reversed(range(len(response))):
-        if response[i] == tokenizer.eos_id:
-            end = i
-        elif tokenizer.decode([response[i]]).strip():
-            break
-    return response[:end] + [tokenizer.eos_id] if end else []  # no token at all: the row will be left out
+    return [prompt, parts[CHOSEN][:room], parts[REJECTED][:room]], notes
 
 
 def encode_pair(row, tokenizer, max_length=1024, max_prompt_length=None, truncation_mode="keep_end"):
-    """One row of read_pairs -> (prompt, chosen, rejected) lists of ids, as they are trained.
+    """One row of read_pairs -> [prompt, chosen, rejected], lists of ids, as they are trained.
 
-    The prompt is the longest common prefix of encode(prompt), encode(prompt + chosen), encode(prompt +
-    rejected). It begins with BOS where the tokenizer would put one; a response ends in EOS exactly once.
-    When prompt + longer response exceed max_length tokens, the prompt is cut to max_prompt_length (default:
-    half of it; from the left: keep_end; from the right: keep_start), BOS staying first, then each response
-    on the right to what is left.
+    The prompt's ids are those that a generator starts from; a response's continue them, and end in EOS
+    exactly once. When prompt + longer response exceed max_length tokens, the prompt is cut to
+    max_prompt_length (default: half of it; from the left: keep_end; from the right: keep_start), BOS staying
+    first, then each response on the right to what is left.
     """
-    ids = tokenizer.encode_batch(pair_texts(row, tokenizer))
-    parts, _ = split_ids(*ids, tokenizer, max_length, max_prompt_length, truncation_mode)
+    texts = pair_texts(row, tokenizer)
+    ids = tokenizer.encode_batch(texts)
+    parts, _ = pair_ids(texts, ids, tokenizer, max_length, max_prompt_length, truncation_mode)
     return parts
 
 
@@ -269,13 +307,9 @@ class Pairs:
         ends = self.ends[PARTS * i : PARTS * (i + 1) + 1]
         return [self.tokens[start:end] for start, end in itertools.pairwise(ends)]
 
-    def lengths(self):
-        """(pairs, 3): tokens of each pair's prompt, chosen and rejected response."""
-        return np.diff(self.ends).reshape(-1, PARTS)
-
     def spans(self):
         """(pairs, 3): positions that a pair's prefix, chosen and rejected branch take in a pack."""
-        return self.lengths() - [1, 0, 0]
+        return np.diff(self.ends).reshape(-1, PARTS) - [1, 0, 0]
 
     @classmethod
     def joined(cls, parts, rows, report=""):
@@ -295,7 +329,7 @@ def tokenize_pairs(rows, tokenizer, max_length=1024, max_prompt_length=None, tru
     """Rows of read_pairs -> Pairs; for the lengths see encode_pair. Leaves out, and counts by reason, what
     cannot teach: chosen equal to rejected (also once encoded and cut), responses empty but for white space,
     or without a token. Raises UserError if nothing is left."""
-    counts = dict(equal=0, empty=0, cut=0, dropped=0)
+    counts = Counter()
     kept_rows = []
     kept_parts = []
     blocks = range(0, len(rows), 512)  # many rows at a time, for the tokenizer's threads
@@ -303,28 +337,29 @@ def tokenize_pairs(rows, tokenizer, max_length=1024, max_prompt_length=None, tru
         numbers = []
         texts = []
         for number, row in enumerate(rows[start : start + 512], start + 1):
-            if not (plain_text(row["chosen"]).strip() and plain_text(row["rejected"]).strip()):
-                counts["empty"] += 1
-            elif row["chosen"] == row["rejected"]:
-                counts["equal"] += 1
-            else:
+            if plain_text(row["chosen"]).strip() and plain_text(row["rejected"]).strip():
                 with where(getattr(row, "place", f"row {number}")):
                     texts += pair_texts(row, tokenizer)
                 numbers.append(number)
+            else:
+                counts["empty"] += 1
         ids = tokenizer.encode_batch(texts)
         for i, number in enumerate(numbers):
-            of_row = ids[PARTS * i : PARTS * (i + 1)]
-            parts, cut = split_ids(*of_row, tokenizer, max_length, max_prompt_length, truncation_mode)
-            if not all(parts):
-                counts["dropped"] += 1
-            elif parts[CHOSEN] == parts[REJECTED]:
+            three = slice(PARTS * i, PARTS * (i + 1))
+            parts, notes = pair_ids(texts[three], ids[three], tokenizer, max_length, max_prompt_length,
+                                    truncation_mode)
+            if parts[CHOSEN] == parts[REJECTED]:
                 counts["equal"] += 1
+            elif not all(parts):
+                counts["dropped"] += 1
             else:
-                counts["cut"] += cut
+                counts.update(notes)
                 kept_rows.append(number)
                 kept_parts += [np.array(part, np.int32) for part in parts]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    report = f"{len(rows)} rows read, {len(kept_rows)} kept: {reasons}"
+    reasons = [f"{counts.pop(reason, 0)} {reason}" for reason in ("equal", "empty", "cut", "dropped")]
+    report = f"{len(rows)} rows read, {len(kept_rows)} kept: {', '.join(reasons)}"
+    for note, count in counts.items():
+        report += f"\n  {count}: {note}"
     if not kept_rows:
         raise UserError(f"no pair is left to train on ({report})")
     return Pairs.joined(kept_parts, kept_rows, report)
@@ -334,7 +369,7 @@ def plain_text(response):
     """A response's text: a string, or what all its messages say."""
     if isinstance(response, str):
         return response
-    return "".join(message["content"] for message in response)
+    return "".join(f"{turn['content'] or ''}{turn.get('tool_calls') or ''}" for turn in response)
 
 
 def describe(pairs, tokenizer, prompt_loss):
@@ -353,13 +388,8 @@ def describe(pairs, tokenizer, prompt_loss):
             for i in range(len(ids)):
                 token = tokenizer.decode(ids[i : i + 1], after=ids[max(0, i - 3) : i])
                 tokens.append(repr(token)[1:-1])
-            line = "    " + "|".join(tokens)
-            if ids[-1] == tokenizer.eos_id:
-                line += " <- EOS"
-            lines.append(line)
-    lengths = pairs.lengths()
-    means = lengths.mean(0).round().astype(int)
-    lines.append(f"\nmean tokens of prompt, chosen, rejected: {means}; longest: {lengths.max(0)}")
+            end = " <- EOS" if ids[-1] == tokenizer.eos_id else ""
+            lines.append(f"    {'|'.join(tokens)}{end}")
     return "\n".join(lines)
 
 
@@ -385,35 +415,32 @@ class Tokenizer:
 
     eos_id, bos_id: ids or None.  adds_bos: whether the tokenizer itself begins a text with BOS.  clock: the
     time that templates see.  chat_template: the model's own, or DEFAULT_TEMPLATE with has_template False.
-    files: {name: bytes} as they were read.
+    files: {name: bytes}, those of a model's directory.
     """
 
-    def __init__(self, backend, specials, adds_bos=False, chat_template=None, files=None):
+    raw = None
+
+    def __init__(self, files):
+        config = read_json("tokenizer_config.json", files)
+        listed = read_json("special_tokens_map.json", files)
+        model = read_json("config.json", files)
+        with where("tokenizer.json"):
+            backend = read_backend(files, config, model)
         backend.no_truncation()  # some tokenizer.json files switch these on
         backend.no_padding()
-        if getattr(backend.model, "dropout", None) is not None:
-            backend.model.dropout = None  # BPE dropout: other tokens each time
-        self.backend = backend
-        self.specials = specials
+        with suppress(AttributeError):
+            backend.model.dropout = None  # of BPE: other tokens each time
         self.files = files
-        if files is None:
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
-            self.files = {
-                "tokenizer.json": backend.to_str(pretty=True).encode(),
-                "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-            }
+        self.backend = backend
+        self.specials = special_tokens(backend, listed | config, model)
         self.clock = datetime.now()
-        ids = {name: backend.token_to_id(token) for name, token in specials.items()}
-        self.eos_id = ids.get("eos_token")
-        self.bos_id = ids.get("bos_token")
-        # Its post-processor may put it there, or its Python class, by this setting.
-        adds_bos = adds_bos or backend.encode("a").ids[:1] == [self.bos_id]
-        self.adds_bos = adds_bos and self.bos_id is not None
-        self.template_of_files = chat_template if files else None
-        self.has_template = chat_template is not None
-        self.chat_template = chat_template
-        if not self.has_template:
-            self.chat_template = "{{ bos_token }}" * self.adds_bos + DEFAULT_TEMPLATE
+        self.eos_id = backend.token_to_id(self.specials.get("eos_token", ""))
+        self.bos_id = backend.token_to_id(self.specials.get("bos_token", ""))
+        # Its post-processor may put BOS first, or its Python class, by this setting.
+        puts_bos = config.get("add_bos_token") is True or backend.encode("a").ids[:1] == [self.bos_id]
+        self.adds_bos = puts_bos and self.bos_id is not None
+        self.template_of_files = model_template(files, config)
+        self.chat_template = self.template_of_files
 
     @classmethod
     def from_pretrained(cls, path_or_repo, *, revision=None):
@@ -422,19 +449,8 @@ class Tokenizer:
         names = [*TOKENIZER_FILES, "config.json", "generation_config.json"]
         directory = Path(fetch(path_or_repo, revision, names))
         files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
-
-        def settings(name):
-            return read_json(directory / name) if name in files else {}
-
-        config = settings("tokenizer_config.json")
-        model = settings("config.json")
-        listed = settings("special_tokens_map.json")
-        with where(directory / "tokenizer.json"):
-            backend = read_backend(files, config, model)
-        with where(f"{directory}: the tokenizer's settings"):
-            specials = special_tokens(backend, listed | config, model)
-            adds_bos = config.get("add_bos_token") is True
-            return cls(backend, specials, adds_bos, model_template(files, config), files)
+        with where(directory):
+            return cls(files)
 
     def save_pretrained(self, directory):
         """Write the tokenizer's files: those it came from, unchanged, or (for one made here) new ones."""
@@ -442,7 +458,7 @@ class Tokenizer:
         for name in TOKENIZER_FILES:
             if name in self.files:
                 Path(directory, name).write_bytes(self.files[name])
-        if self.has_template and self.chat_template != self.template_of_files:  # from now on the model's own
+        if self.chat_template != self.template_of_files:  # from now on the model's own
             Path(directory, "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     def encode(self, text):
@@ -467,29 +483,14 @@ class Tokenizer:
     def apply_chat_template(self, messages, add_generation_prompt=False, **options):
         """messages -> text, as transformers renders it; options: more names for the template. Raises
         UserError where the template refuses."""
-        names = dict(tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+        names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         names |= self.specials | options
-        shown = []
-        for message in messages:  # a key without a value is a key that is not there
-            shown.append({key: value for key, value in message.items() if value is not None})
+        # A key without a value is a key that is not there, except for the content.
+        shown = [{key: message[key] for key in message if message[key] is not None or key == "content"}
+                 for message in messages]
         with where("the chat template refused a conversation"):
-            return compiled_template(self.chat_template, self.clock).render(names, messages=shown)
-
-    def stop_ids(self):
-        """The ids that end an answer: EOS, generation_config.json's, what closes a turn of the template."""
-        generation_config = json.loads(self.files.get("generation_config.json", "{}"))
-        listed = generation_config.get("eos_token_id")
-        if not isinstance(listed, list):
-            listed = [listed]
-        stops = {self.eos_id, *listed} - {None}
-        with suppress(UserError):  # a template with rules of its own about turns
-            turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "ANSWER"}]
-            closing = self.apply_chat_template(turns).rpartition("ANSWER")[2].lstrip()
-            added = self.backend.get_added_tokens_decoder()
-            for token in self.encode(closing)[:1]:
-                if token in added and added[token].special:
-                    stops.add(token)
-        return stops
+            template = compiled_template(self.chat_template or DEFAULT_TEMPLATE, self.clock)
+            return template.render(names, messages=shown)
 
 
 def byte_level_bpe(vocab, merges):
@@ -507,9 +508,8 @@ def read_backend(files, config, model):
     if not complete or not kind.lower().startswith(("gpt2", "opt")):
         raise UserError("no tokenizer.json; vocab.json and merges.txt do instead for GPT-2 and OPT alone. "
                         "transformers can write it: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-    lines = files["merges.txt"].decode().splitlines()
     merges = []
-    for line in lines:
+    for line in files["merges.txt"].decode().splitlines():
         if line.strip() and not line.startswith("#version"):
             merges.append(tuple(line.split()))
     return byte_level_bpe(json.loads(files["vocab.json"]), merges)
@@ -565,48 +565,98 @@ def compiled_template(template, clock):
 # Rows. Every form ends as {"prompt", "chosen", "rejected"}: three strings, or three lists of messages.
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
-          "request.\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n")
-# The same text as a chat template, for a model that brings none and is trained on such rows.
-ALPACA_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}"
-                   + ALPACA.format(instruction="{{ m.content }}", input="")
-                   + "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
-QUESTIONS = ("conversations", "question", "query")  # read as turns, after one in `system`
-PROMPTS = ("prompt", "instruction", *QUESTIONS)  # where people keep a prompt
-COLUMNS = {"chosen", "rejected", "input", "system", "chat_template_kwargs", *PROMPTS}
-SHAREGPT = {"human": "user", "gpt": "assistant"}
+# The columns of a pair, by the names that people use. Of each kind the first one that a row fills counts.
+QUESTION = (
+    "prompt",  # text is trained as it stands; in the other columns it is what a user says
+    "question",
+    "query",
+    "instruction",  # Alpaca's; `input` is part of it
+    "input",  # OpenAI's holds `messages` and `tools`
+    "messages",
+    "conversations",  # ShareGPT's
+)
+ANSWERS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+)
+FRAME = (
+    "system",  # text or turns
+    "history",  # turns, or pairs of a question and its answer
+    "tools",  # a list for the template, also as JSON
+    "chat_template_kwargs",  # more names for the template
+)
+# What data call a role, in any case, and what templates call it.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+# For a model that brings no template and is trained on rows with an `instruction`.
+ALPACA_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}Below is an instruction that describes a task. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{{ m.content }}\n\n### "
+    "Response:\n{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 class Row(dict):
-    """A pair's prompt, chosen and rejected.  place: file and line.  form: what was read, in words.
-    template_options: more names for the chat template."""
+    """A pair's prompt, chosen and rejected.  place: file and line.  form: what was read, as what.  framed:
+    columns that make a conversation of text.  template_options: more names for the chat template."""
 
-    form = ""
-    template_options = {}
+    form = "prompt, chosen, rejected as conversations"
 
 
-def read_pairs(sources, *, prompt_column="", progress=False):
+def read_pairs(sources, *, prompt_column="", as_conversation=False):
     """All rows of the given files or hub data sets, in order, the prompt always explicit.
 
     sources: a path or id, or a list of them; `id:split` picks a split other than train.  prompt_column:
-    where the prompt stands, if not in one of the columns people use; "none": nowhere. Returns a list of
-    {"prompt", "chosen", "rejected"}, each a string or a list of {"role", "content"} messages. Raises
-    UserError with file and line where a row cannot be used.
+    where the prompt stands, if not in one of the columns people use; "none": nowhere.  as_conversation: rows
+    of text become turns. Returns a list of {"prompt", "chosen", "rejected"}, each a string or a list of
+    {"role", "content"} messages. Raises UserError with file and line where a row cannot be used.
     """
     rows = []
     for path in find_files(sources):
-        first = len(rows)
-        title = f"reading {Path(path).name}"
-        for place, raw in tqdm(raw_rows(path), title, unit=" rows", disable=not progress, leave=False):
+        for place, raw in raw_rows(path):
             with where(f"{path}, {place}"):
-                row = explicit_row(raw, prompt_column)
-                row.place = f"{path}, {place}"
-                rows.append(row)
-                if row.form != rows[first].form:
-                    raise UserError(f"has {row.form}, those before it {rows[first].form}")
-        if len(rows) == first:
-            raise UserError(f"{path}: no rows in it")
+                row = explicit_row(raw, prompt_column, as_conversation)
+            row.place = f"{path}, {place}"
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{sources}: no rows in it")
     return rows
+
+
+def adopt_template(tokenizer, rows, path=""):
+    """Settle the chat template that rows go through and that is saved with the model: --chat_template's file,
+    the model's own or, for a model that has none, one that asks as the rows do. -> what was read, as what."""
+    talks = [row for row in rows if isinstance(row["prompt"], list)]
+    source = "the model's" if tokenizer.chat_template else "none"
+    if path:
+        with where(f"--chat_template {path}"):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        source = path
+    elif talks and not tokenizer.chat_template:
+        for row in talks:
+            if row.framed:
+                raise UserError(f"{row.place}: {row.framed} need a --chat_template; the model has none")
+        source = "<|user|> and <|assistant|> turns, saved with the model"
+        template = DEFAULT_TEMPLATE
+        if all(row.form.startswith("instruction") for row in talks):
+            source = "Alpaca's text, saved with the model"
+            template = ALPACA_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" * tokenizer.adds_bos + template
+    if tokenizer.raw is None:
+        tokenizer.raw = not talks
+    forms = [f"{count} rows of {form}" for form, count in Counter(row.form for row in rows).items()]
+    if tokenizer.chat_template and len(talks) < len(rows):
+        source += ", not for text (but see --as_conversation)"
+    return f"{', '.join(forms)}; chat template: {source}"
 
 
 def find_files(sources):
@@ -626,12 +676,18 @@ def files_of(source):
     split = "train"
     if ":" in source and not os.path.isdir(source):
         name, _, split = source.partition(":")
-    patterns = [f"*{split}*{extension}" for extension in EXTENSIONS]
-    root = Path(fetch(name, patterns=patterns, repo_type="dataset"))
-    files = [str(path.relative_to(root)) for path in sorted(root.rglob("*"))]
-    files = [file for file in files if file.endswith(EXTENSIONS)]
     # train-00000-of-00001.parquet, train.jsonl, train/0.parquet; not train_sft-00000..., another split
-    found = [file for file in files if re.search(rf"(^|[/_-]){re.escape(split)}[-./]", file)]
+    pattern = rf"(^|[/_-]){re.escape(split)}[-./]"
+    for glob in (f"*{split}*", "*"):  # in a data set of one file it may have any name
+        patterns = [glob + extension for extension in EXTENSIONS]
+        root = Path(fetch(name, patterns=patterns, repo_type="dataset"))
+        paths = [path for path in sorted(root.rglob("*")) if path.name.endswith(EXTENSIONS)]
+        files = [str(path.relative_to(root)) for path in paths]
+        found = [file for file in files if re.search(pattern, file)]
+        if found:
+            break
+    if split == "train" and len(files) == 1 and not re.search("test|val|dev", files[0]):
+        found = files
     if not found:
         raise UserError(f"{source}: no files of split '{split}' among {files}; name one as {name}:SPLIT")
     folders = sorted({os.path.dirname(file).removesuffix(split).rstrip("/") for file in found})
@@ -665,11 +721,9 @@ def parquet_rows(path):
     with where(path):
         file = pyarrow.parquet.ParquetFile(path)
         columns = [field.name for field in file.schema_arrow if not pyarrow.types.is_temporal(field.type)]
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", without_nulls(row)
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", without_nulls(row)
 
 
 def without_nulls(value):
@@ -681,104 +735,126 @@ def without_nulls(value):
     return value
 
 
-def explicit_row(raw, prompt_column):
+def explicit_row(raw, prompt_column, as_conversation):
     """A row of raw_rows, in any of the supported forms -> Row."""
     if isinstance(raw, bytes):
         raw = json.loads(raw)
     if not isinstance(raw, dict):
         raise UserError(f"a JSON object is expected, not a {type(raw).__name__}")
-    column = next((name for name in (prompt_column, *PROMPTS) if raw.get(name) is not None), None)
-    prompt = as_messages(raw.get(column))
-    chosen = as_messages(raw.get("chosen"))
-    rejected = as_messages(raw.get("rejected"))
-    if column in QUESTIONS and kind_of(chosen) == kind_of(rejected) == "strings":
-        chosen = [{"role": "assistant", "content": chosen}]
-        rejected = [{"role": "assistant", "content": rejected}]
-    kinds = (kind_of(prompt), kind_of(chosen), kind_of(rejected))
-    if kinds == ("nothing", "strings", "strings"):
-        prompt, chosen, rejected = split_shared_text(chosen, rejected)
-    elif kinds in [("nothing", "messages", "messages"), ("strings", "messages", "messages")]:
-        prompt, chosen, rejected = split_shared_turns(prompt, chosen, rejected)
-    elif kinds not in [("strings",) * 3, ("messages",) * 3]:
-        columns = ", ".join(f"{name}: {type(value).__name__}" for name, value in raw.items())
-        raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings, "
-                        f"or all as lists of role/content messages; columns found: {columns}")
-    elif column == "instruction" and isinstance(prompt, str):
-        context = f"\n\n### Input:\n{raw['input']}" if raw.get("input") else ""
-        prompt = ALPACA.format(instruction=prompt, input=context)
-    system = raw.get("system")
-    if system and isinstance(system, str) and isinstance(prompt, list):
-        opening = {"role": "system", "content": system}
-        if opening not in prompt:
-            prompt = [opening, *prompt]
-    others = []  # columns that may hold the prompt
-    for name, value in raw.items():
-        if value and name not in COLUMNS and isinstance(value, str | list):
-            others.append(name)
-    if others and not prompt and not column and prompt_column != "none":
-        raise UserError("chosen and rejected share no prompt; is it in --prompt_column "
-                        f"{', '.join(others)} or none?")
-    row = Row(prompt=prompt, chosen=chosen, rejected=rejected)
-    origin = f"the prompt in {column}" if column else "a shared prompt"
-    row.form = f"{kind_of(chosen)} with {origin}"
-    row.template_options = dict(raw.get("chat_template_kwargs") or {})
+    if isinstance(raw.get("input"), dict):
+        raw = {**raw, **raw["input"], "input": None}
+    names = () if prompt_column == "none" else (prompt_column, *QUESTION)
+    column = next((name for name in names if raw.get(name)), "prompt" if names else None)
+    answers = next((both for both in ANSWERS if both[0] in raw), ANSWERS[0])
+    question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
+    if None in (chosen, rejected) or prompt_column not in ("", "none", *raw):
+        raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings or "
+                        f"lists of role/content messages; columns found: {', '.join(raw)}")
+    if column == "instruction" and raw.get("input"):
+        question = f"{question}\n\n{raw['input']}"
+    frame = [name for name in FRAME if raw.get(name)]
+    is_text = all(isinstance(part or "", str) for part in (question, chosen, rejected))
+    if is_text:
+        question, chosen, rejected = split_text(question, chosen, rejected)
+    repeated = chosen != raw[answers[0]]
+    stands = is_text and not as_conversation and column not in QUESTION[1:]
+    row = Row()
+    row.framed = stands and frame
+    if frame or not stands:
+        question, chosen, rejected = split_turns(raw, question, chosen, rejected)
+        tools = raw.get("tools")
+        if isinstance(tools, str):
+            tools = json.loads(tools)
+        row.template_options = {"tools": tools, **(raw.get("chat_template_kwargs") or {})}
+    if not question and names and raw.get(column) is None:
+        raise UserError("chosen and rejected share no prompt; --prompt_column names its column, or none; "
+                        f"columns found: {', '.join(raw)}")
+    said = "".join("".join(map(plain_text, (question, chosen, rejected))).split())
+    for name in names:
+        for turn in as_turns(raw.get(name), "user"):
+            if "".join(plain_text([turn]).split()) not in said:
+                raise UserError(f"its {name} is not part of what {column}, {' and '.join(answers)} say; "
+                                "--prompt_column names the column that counts, or none")
+    row.update(prompt=question, chosen=chosen, rejected=rejected)
+    filled = ", ".join(dict.fromkeys(name for name in (*names, *answers, *frame) if raw.get(name)))
+    row.form = f"{filled} as {'conversations' if isinstance(question, list) else 'text'}"
+    if repeated:
+        row.form += " whose answers begin with the prompt"
     return row
 
 
-def as_messages(value):
-    """A column's value; turns as role/content messages, also a single one, ShareGPT's from/value, and those
-    with OpenAI's blocks of text."""
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return value
+def as_turns(value, role):
+    """A column's value as role/content messages: text is what `role` says. Messages may be a single one, in
+    ShareGPT's words, pairs of a question and its answer, or hold OpenAI's blocks of text."""
+    if isinstance(value, str):
+        value = {"role": role, "content": value}
     messages = []
-    for turn in turns:
-        if "from" in turn and "role" not in turn:
-            turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        blocks = turn.get("content")
-        if isinstance(blocks, list):
-            kinds = [block.get("type") for block in blocks if "text" not in block]
-            if kinds:
-                raise UserError(f"a message has blocks of type {kinds}; only text can be read")
-            turn = {**turn, "content": "".join(block["text"] for block in blocks)}
-        messages.append(turn)
+    for turn in value if isinstance(value, list) else [value] * bool(value):
+        if isinstance(turn, list):
+            for text, speaker in zip(turn, ("user", "assistant")):
+                messages += as_turns(text, speaker)
+        elif isinstance(turn, dict):
+            messages.append(as_message(turn))
+        else:
+            raise UserError(f"{type(turn).__name__} is neither text nor a message")
     return messages
 
 
-def kind_of(value):
-    """What a column holds: "strings" (one), "messages" (with a role and a content, both text), "nothing", or
-    None for anything else."""
-    def is_message(turn):
-        return isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+def as_message(turn):
+    """A turn of any kind -> {"role", "content"} and what else it has."""
+    message = dict(turn)
+    role = str(message.pop("from", message.get("role"))).lower()
+    content = message.pop("value", message.get("content"))
+    if isinstance(content, list):
+        for block in content:
+            if "text" not in block:
+                raise UserError(f"a message has a block of type {block.get('type')}; only text can be read")
+        content = "".join(block["text"] for block in content)
+    if role == "function_call":
+        calls = json.loads(content)
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        content = ""
+    if role not in ROLES or not (isinstance(content, str) or message.get("tool_calls")):
+        raise UserError(f"messages need a role ({', '.join(ROLES)}) and a content; this one has {role}")
+    return {**message, "role": ROLES[role], "content": content}
 
-    if isinstance(value, list) and value and all(map(is_message, value)):
-        return "messages"
-    return {str: "strings", type(None): "nothing"}.get(type(value))
 
-
-def split_shared_turns(prompt, chosen, rejected):
-    """Whole conversations -> prompt, chosen, rejected turns: the prompt is the run of turns they share (by
-    role and content). A prompt given as text has to be among them, or, where no user speaks in them, becomes
-    the user's turn."""
+def split_turns(raw, question, chosen, rejected):
+    """-> prompt, chosen, rejected turns. The prompt is what chosen and rejected share (by role and content),
+    with the question unless a user speaks there, after the row's system and history."""
     def said(turns):
-        return [(turn["role"], turn["content"].strip()) for turn in turns[:-1]]
+        return [(turn["role"], plain_text([turn]).strip()) for turn in turns]
 
-    shared = len(os.path.commonprefix([said(chosen), said(rejected)]))
-    turns = chosen[:shared]
-    if prompt and not any(prompt.strip() in turn["content"] for turn in turns):
-        if any(turn["role"] == "user" for turn in turns):
-            raise UserError("its prompt is not among the turns that chosen and rejected share")
-        turns = [*turns, {"role": "user", "content": prompt}]
-    return turns, chosen[shared:], rejected[shared:]
+    chosen = as_turns(chosen, "assistant")
+    rejected = as_turns(rejected, "assistant")
+    shared = len(os.path.commonprefix([said(chosen[:-1]), said(rejected[:-1])]))
+    prompt = chosen[:shared]
+    if not any(turn["role"] == "user" for turn in prompt):
+        prompt = prompt + as_turns(question or [], "user")
+    for answer in (chosen, rejected):
+        role = answer[shared]["role"]
+        if role != "assistant":
+            raise UserError(f"an answer is the assistant's; this one begins with the role {role}")
+    system = [turn for turn in as_turns(raw.get("system"), "system") if turn not in prompt]
+    prompt = system + as_turns(raw.get("history"), "user") + prompt
+    return prompt, chosen[shared:], rejected[shared:]
 
 
-def split_shared_text(chosen, rejected):
-    """Whole texts -> prompt, chosen, rejected: the prompt ends with the last shared "\\n\\nAssistant:" after
-    which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word boundary that both have."""
+def split_text(question, chosen, rejected):
+    """Text -> prompt, chosen, rejected. Without a question the prompt ends with the last shared
+    "\\n\\nAssistant:" after which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word
+    boundary that both have. A question that both answers repeat is taken off them, if it is not so short
+    that they may just begin like it."""
     shared = os.path.commonprefix([chosen, rejected])
-    found = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", shared) or re.match(r"(?s)(.*\s)?", shared)
-    end = len(found[0].removesuffix(" "))  # that space is part of the next word
-    return chosen[:end], chosen[end:], rejected[end:]
+    end = 0
+    if question is None:
+        found = re.match(r"(?s).*\n\nAssistant:(?!.*\n\nHuman:)", shared) or re.match(r"(?s)(.*\s)?", shared)
+        question = found[0].removesuffix(" ")  # that space is part of the next word
+        end = len(question)
+    elif len(question) > 10 and shared.startswith(question):
+        end = len(question)
+    return question, chosen[end:], rejected[end:]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -792,7 +868,11 @@ def demo_tokenizer():
     backend.add_special_tokens(["<|endoftext|>"])
     template = ("{% for m in (messages[-2:] if messages[-1].role == 'assistant' else messages[-1:]) %}"
                 "{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}")
-    return Tokenizer(backend, {"eos_token": "<|endoftext|>"}, chat_template=template)
+    return Tokenizer({
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
+        "chat_template.jinja": template.encode(),
+    })
 
 
 def demo_pairs(count, seed=0):
@@ -805,12 +885,11 @@ def demo_pairs(count, seed=0):
     for i in np.random.default_rng(seed).permutation(len(triples))[:count].tolist():
         low, limit, high = triples[i]
         word, right, wrong = ("below", low, high) if i % 2 else ("above", high, low)
-        row = Row(
-            prompt=[{"role": "user", "content": f"Name a number {word} {limit}."}],
-            chosen=[{"role": "assistant", "content": f"{right}."}],
-            rejected=[{"role": "assistant", "content": f"{wrong}."}],
-        )
-        rows.append(row)
+        rows.append(Row(
+            prompt=as_turns(f"Name a number {word} {limit}.", "user"),
+            chosen=as_turns(f"{right}.", "assistant"),
+            rejected=as_turns(f"{wrong}.", "assistant"),
+        ))
     return rows
 
 
@@ -818,9 +897,9 @@ def demo_right(question, answer):
     """Does a text answer a question of the demo?"""
     word, limit = re.search(r"(above|below) (\d\d)", question).groups()
     number = re.fullmatch(r"(\d\d)\.", answer)
-    if number is None:
+    if number is None or number[1] == limit:
         return False
-    return number[1] > limit if word == "above" else number[1] < limit
+    return (number[1] > limit) == (word == "above")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -879,10 +958,11 @@ def fetch(path_or_repo, revision=None, patterns=None, repo_type="model"):
         )
 
 
-def read_json(path):
-    """The object in a JSON file."""
+def read_json(path, files=None):
+    """The object in a JSON file, or in that one of `files` {name: bytes}, where it may be missing."""
     with where(path):
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = Path(path).read_bytes() if files is None else files.get(path, b"{}")
+        value = json.loads(content.decode("utf-8-sig"))
         if not isinstance(value, dict):
             raise UserError(f"a JSON object is expected, not a {type(value).__name__}")
     return value

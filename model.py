@@ -12,6 +12,7 @@ Parameters carry Hugging Face's Llama names. A family differs from Llama by a ro
 import inspect
 import math
 import re
+import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -34,12 +35,13 @@ GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen
 # -----------------------------------------------------------------------------------------------------------
 # Small parts.
 
-ACTIVATIONS = {  # exact and tanh GELU differ by 1e-3
+TANH_GELU = nn.GELU(approximate="tanh")  # the exact one differs by 1e-3
+ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": nn.GELU(approximate="tanh"),
-    "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
+    "gelu_new": TANH_GELU,
+    "gelu_pytorch_tanh": TANH_GELU,
 }
 
 
@@ -53,34 +55,41 @@ def compute_dtype(x):
 # rounding error would grow with depth (rms of log-probs at 2, 24, 48 layers: 0.010, 0.014, 0.026; in fp32
 # 0.009, 0.011, 0.011), to save 4 of some 60 bytes per channel, token and layer.
 class RMSNorm(nn.RMSNorm):
+    offset = 0.0  # 1 in Gemma, whose weights are stored as their difference from 1
+
     def forward(self, x):
-        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight + self.offset if self.offset else self.weight
+        y = F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps)
         return y.to(compute_dtype(x))
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        bias = self.bias.to(x.dtype)
-        y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return y.to(compute_dtype(x))
 
 
-def make_norm(config, size):
+def make_norm(config, size, wanted):
+    """The family's norm over the last `size` channels; the identity where there is none."""
+    if not wanted:
+        return nn.Identity()
     kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(size, eps=config.norm_eps)
+    norm = kind(size, eps=config.norm_eps)
+    norm.offset = config.norm_offset
+    return norm
 
 
 class Linear(nn.Linear):
     """nn.Linear; after add_adapters with a trained low-rank update: W x + (alpha / r) B A x (LoRA, Hu et al.
     2021)."""
 
-    scale = None  # alpha / r, where there is an adapter
+    first = None  # [the layer with A], where there is an adapter; in a list: else it were a part of this one
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        if self.scale is None:
+        if self.first is None:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return y + self.scale * F.linear(F.linear(x, self.first[0].lora_A), self.lora_B)
 
 
 def rotary_tables(rope, positions):
@@ -97,7 +106,7 @@ def rotary_tables(rope, positions):
         turns = rope["original_max_position_embeddings"] * freqs / (2 * torch.pi)  # over the first context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
-    angles = positions[..., None, None].float() * freqs
+    angles = positions[..., None, None] * freqs
     return angles.cos(), angles.sin()
 
 
@@ -105,10 +114,10 @@ def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): of each head's first rotary_dim channels, (x1, x2) of the first and
     the second half turn by an angle; the rest stays. x (..., T, heads, D); cos, sin (..., T, 1, half)."""
     half = cos.shape[-1]
-    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)  # x1 cos - x2 sin
     y2 = torch.addcmul(x2 * cos, x1, sin)  # x2 cos + x1 sin
-    return torch.cat([y1, y2, rest], dim=-1).type_as(x)
+    return torch.cat([y1, y2, rest], -1).type_as(x)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -162,7 +171,7 @@ class Packed:
         v = v.index_select(0, b.kv_index)
         if not self.flash:
             return self.loop(module.window, q[None], k[None], v[None])
-        back = -1 if module.window is None else module.window - 1
+        back = (module.window or 0) - 1  # -1: no limit
         return varlen_attn(q, k, v, b.cu_q, b.cu_k, b.max_q, b.max_k, window_size=(back, 0), **GROUPED_HEADS)
 
     @torch.compiler.disable  # what depends on the pack's lengths stays outside of the graph
@@ -212,29 +221,34 @@ class Attention(nn.Module):
         kv_heads = config.num_key_value_heads
         self.head_dim = D
         self.window = config.windows[layer]
-        self.rotated = config.rotated[layer]
+        self.rotated = bool(config.rotated[layer])
+        # How a position's channels are split to be normalised: not at all, or by head
+        joint = config.qk_norm_joint
+        self.normed = (1, -1) if joint else (-1, D)
+        self.query_scale = (D / (config.query_pre_attn_scalar or D)) ** 0.5
         self.q_proj = Linear(C, heads * D, bias=config.qkv_bias)
         self.k_proj = Linear(C, kv_heads * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, kv_heads * D, bias=config.qkv_bias)
-        self.o_proj = Linear(heads * D, C, bias=config.out_bias)
-        self.q_norm = make_norm(config, D) if config.qk_norm else None
-        self.k_norm = make_norm(config, D) if config.qk_norm else None
+        self.o_proj = Linear(heads * D, C, bias=config.attention_bias)
+        self.q_norm = make_norm(config, heads * D if joint else D, config.qk_norm)
+        self.k_norm = make_norm(config, kv_heads * D if joint else D, config.qk_norm)
 
     def forward(self, x, rotary, layout):
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(x).view(heads)  # (..., T, heads, D)
-        k = self.k_proj(x).view(heads)  # (..., T, kv heads, D)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, self.normed)).view(heads)  # (..., T, heads, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, self.normed)).view(heads)  # (..., T, kv heads, D)
         v = self.v_proj(x).view(heads)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.query_scale != 1:  # in place of sqrt(D), scores are divided by sqrt(query_pre_attn_scalar)
+            q = q * self.query_scale
         if self.rotated:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            cos, sin = rotary[self.window]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = layout(self, q, k, v)  # (..., T, heads, D)
         return self.o_proj(out.flatten(-2))
 
 
 # -----------------------------------------------------------------------------------------------------------
-# MLPs. Each returns its output and the router's statistics, None without experts.
+# MLPs.
 
 
 class MLP(nn.Module):
@@ -247,21 +261,16 @@ class MLP(nn.Module):
         self.up_proj = Linear(C, inner, bias=config.mlp_bias)
         self.down_proj = Linear(inner, C, bias=config.mlp_bias)
 
-    def forward(self, x, weight=None):
+    def forward(self, x):
         up = self.up_proj(x)
         hidden = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
-        return self.down_proj(hidden), None
+        return self.down_proj(hidden)
 
 
 @torch.compiler.disable  # which knows it in bf16 only
 def grouped_mm(a, weight, ends):
     """Rows ends[e-1]:ends[e] of a (T k, in) times weight[e].T (out, in), for each expert e -> (T k, out)."""
-    w = weight.to(a.dtype).transpose(-2, -1)
-    size = a.dtype.itemsize
-    if size <= 4 and all(n * size % 16 == 0 for n in w.shape[1:]):
-        return F.grouped_mm(a, w, offs=ends)
-    pieces = a.tensor_split(ends[:-1].tolist())  # what it does not take: float64 and odd sizes
-    return torch.cat([piece @ matrix for piece, matrix in zip(pieces, w)])
+    return F.grouped_mm(a, weight.to(a.dtype).transpose(-2, -1), offs=ends)
 
 
 class MoE(nn.Module):
@@ -282,13 +291,11 @@ class MoE(nn.Module):
         self.experts["up_proj"] = torch.empty(E, inner, C)
         self.experts["down_proj"] = torch.empty(E, C, inner)
 
-    def forward(self, x, weight=None):
-        """x (..., C) -> the same shape. With `weight` (T,), how often each token counts, also the router's
-        statistics (2, E): how many tokens each expert gets, and the sum of the probabilities given to it."""
+    def forward(self, x):  # (..., C) -> the same
         shape = x.shape
         x = x.flatten(0, -2).to(compute_dtype(x))  # (T, C)
         probs = self.gate(x).float().softmax(-1)  # (T, E)
-        share, expert = probs.topk(self.top_k, dim=-1)  # (T, k)
+        share, expert = probs.topk(self.top_k)  # (T, k)
         if self.renormalise:
             share = share / share.sum(-1, keepdim=True)
         ordered, order = expert.flatten().sort(stable=True)  # (T k,): assignments, grouped by expert
@@ -300,12 +307,7 @@ class MoE(nn.Module):
         hidden = gate * grouped_mm(rows, self.experts.up_proj, ends)
         output = grouped_mm(hidden, self.experts.down_proj, ends)
         output = output * share.flatten()[order, None].to(x.dtype)
-        output = torch.zeros_like(x).index_add(0, token, output).view(shape)
-        if weight is None:
-            return output, None
-        sent = torch.zeros_like(probs[0]).index_add(0, expert.flatten(), weight.repeat_interleave(self.top_k))
-        given = (weight[:, None] * probs).sum(0)  # autocast would round weight @ probs
-        return output, torch.stack([sent, given])
+        return torch.zeros_like(x).index_add(0, token, output).view(shape)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -316,23 +318,24 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.norm_first = config.norm_first
-        self.input_layernorm = make_norm(config, config.hidden_size)
+        norm = partial(make_norm, config, config.hidden_size)
+        self.input_layernorm = norm(config.norm_inputs)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = None if config.parallel else make_norm(config, config.hidden_size)
+        self.attention_norm = norm(config.norm_outputs)
+        self.post_attention_layernorm = None if config.parallel else norm(config.norm_inputs)
         self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
+        self.post_feedforward_layernorm = norm(config.norm_outputs)
 
-    def forward(self, x, rotary, layout, weight=None):
-        """x (..., T, C) -> the same, and the router's statistics of this layer (None without experts)."""
+    def forward(self, x, rotary, layout):
+        """x (..., T, C) -> the same."""
         if not self.norm_first:  # OPT-350M: after the residual sum
             x = self.input_layernorm(x + self.self_attn(x, rotary, layout))
-            out, router = self.mlp(x, weight)
-            return self.post_attention_layernorm(x + out), router
+            return self.post_attention_layernorm(x + self.mlp(x))
         h = self.input_layernorm(x)
-        x = x + self.self_attn(h, rotary, layout)
+        x = x + self.attention_norm(self.self_attn(h, rotary, layout))
         if self.post_attention_layernorm is not None:  # else attention and MLP read the same h (Phi)
             h = self.post_attention_layernorm(x)
-        out, router = self.mlp(h, weight)
-        return x + out, router
+        return x + self.post_feedforward_layernorm(self.mlp(h))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -445,7 +448,7 @@ class Transformer(nn.Module):
             m.project_in = nn.Linear(config.embed_dim, C, bias=False)
             m.project_out = nn.Linear(C, config.embed_dim, bias=False)
         m.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
-        m.norm = make_norm(config, C) if config.norm_first else nn.Identity()
+        m.norm = make_norm(config, C, config.norm_first)
         self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=config.head_bias)
         self.tie()
 
@@ -455,27 +458,30 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed=0):
-        """Random weights: N(0, 0.02) for matrices, ones for norms, zeros for biases. Returns self."""
+        """Random weights: N(0, 0.02) for matrices, norms that only normalise, biases zero. Returns self."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 p.normal_(0, 0.02, generator=generator)
             else:
-                p.fill_(1 if name.endswith("weight") else 0)
+                p.fill_(1 - self.config.norm_offset if name.endswith("weight") else 0)
         return self
 
     def add_adapters(self, r, alpha):
         """LoRA: the blocks' linear layers (not routers, nor experts) get a trained update of rank r, all else
-        is frozen. start_adapters initialises it, once the parameters are on their device."""
-        for name, parts in file_parts(self).items():
-            if len(parts) > 1:  # PEFT has one update for what is several layers here
-                raise UserError(f"--lora_r: {self.config.model_type} joins layers ({name}): not supported")
+        is frozen. start_adapters initialises it, once the parameters are on their device. PEFT has one update
+        for layers that are one in the files: the first of them has A for all, and their Bs are rows of B."""
         self.requires_grad_(False)
-        for layer in self.modules():
+        self.adapter_scale = alpha / r
+        firsts = {}  # by the layer's name in the files
+        for name, layer in self.named_modules():
             if isinstance(layer, Linear):
-                layer.lora_A = nn.Parameter(layer.weight.new_empty(r, layer.in_features))
+                first = firsts.setdefault(file_name(self, name), layer)
+                if first is layer:
+                    layer.lora_A = nn.Parameter(layer.weight.new_empty(r, layer.in_features))
                 layer.lora_B = nn.Parameter(layer.weight.new_empty(layer.out_features, r))
                 layer.scale = alpha / r
+                layer.first = [first]
 
     @torch.no_grad()
     def start_adapters(self, seed=0):
@@ -486,51 +492,44 @@ class Transformer(nn.Module):
                 limit = p.shape[1] ** -0.5 if name.endswith("lora_A") else 0.0
                 assign(p, torch.empty(p.shape).uniform_(-limit, limit, generator=generator))
 
-    def hidden(self, tokens, positions, layout, weight=None):
-        """tokens, positions (..., T) -> final hidden states (..., T, C), and the router's statistics summed
-        over layers (None without experts, or without the `weight` of the tokens in them)."""
+    def hidden(self, tokens, positions, layout):
+        """tokens, positions (..., T) -> final hidden states (..., T, C)."""
         m = self.model
+        c = self.config
         x = m.project_in(m.embed_tokens(tokens))
-        rotary = None
-        if self.config.learned_positions:
-            x = x + m.embed_positions(positions + self.config.position_offset)
-        else:
-            rotary = rotary_tables(self.config.rope, positions)
-        router = None
+        if c.scaled_embeddings:  # by sqrt(C), rounded as the weights are
+            x = x * x.new_full((), c.hidden_size**0.5)
+        if c.learned_positions:
+            x = x + m.embed_positions(positions + c.position_offset)
+        rotary = {window: rotary_tables(rope, positions) for window, rope in c.ropes.items()}
         for layer in m.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 layer = partial(checkpoint, layer, use_reentrant=False)
-            x, statistics = layer(x, rotary, layout, weight)
-            if statistics is not None:
-                router = statistics if router is None else router + statistics
-        return m.project_out(m.norm(x)), router
+            x = layer(x, rotary, layout)
+        return m.project_out(m.norm(x))
 
-    def forward(self, batch, router_weight=None):
+    def forward(self, batch):
         """A packed batch (data.Batch, on the model's device) -> (T,) log-probability of each target, fp32; 0
-        where not scored. With router_weight (T,), how often each position counts: (logps, router), router
-        (2, E) summed over the layers: tokens sent to and probability given to each expert."""
+        where not scored."""
         half = compute_dtype(self.lm_head.weight).itemsize == 2
         flash = batch.inputs.is_cuda and half and self.config.head_dim % 8 == 0
-        layout = Packed(batch, flash)
-        x, router = self.hidden(batch.inputs, batch.positions, layout, router_weight)  # (T, C)
-        scored = slice(None) if batch.scored is None else batch.scored
+        x = self.hidden(batch.inputs, batch.positions, Packed(batch, flash))  # (T, C)
+        some = slice(None) if batch.scored is None else batch.scored
         logps = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-        head = self.lm_head
-        logps[scored] = target_logps(x[scored], head.weight, head.bias, batch.targets[scored])
-        return logps if router_weight is None else (logps, router)
+        logps[some] = target_logps(x[some], self.lm_head.weight, self.lm_head.bias, batch.targets[some])
+        return logps
 
     def logits(self, tokens):
         """(B, T) ids -> (B, T, vocab) fp32 logits, plain causal: for teaching and for parity tests."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        x, _ = self.hidden(tokens, positions, plain)  # (B, T, C)
-        return self.lm_head(x).float()
+        return self.lm_head(self.hidden(tokens, positions, plain)).float()
 
-    def next_logits(self, tokens, positions, cache, used, last=None):
+    def next_logits(self, tokens, positions, cache, used, last=-1):
         """Generation: tokens, positions (B, T) continue the cached sequences, the longest of which then has
-        `used` tokens; last (B,): index of each row's last real token, None: T - 1. -> (B, vocab) fp32 logits
+        `used` tokens; last (B,): index of each row's last real token, -1: T - 1. -> (B, vocab) fp32 logits
         for what follows."""
-        x, _ = self.hidden(tokens, positions, cache.at(positions, used))  # (B, T, C)
-        x = x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last]
+        x = self.hidden(tokens, positions, cache.at(positions, used))  # (B, T, C)
+        x = x[torch.arange(len(x), device=x.device), last]
         return self.lm_head(x).float()
 
     def training_flops(self, spans):
@@ -538,12 +537,12 @@ class Transformer(nn.Module):
         nanoGPT estimates them (PaLM, appendix B): 6 per weight and token, 4 if it is frozen, of experts the
         active ones; 12 per channel of the heads and pair of tokens that sees each other."""
         c = self.config
-        per_token = 6 * self.lm_head.weight.numel()
-        for name, p in self.model.layers.named_parameters():
+        per_token = 0
+        for name, p in [*self.model.layers.named_parameters(), ("head", self.lm_head.weight)]:
             active = c.num_experts_per_tok / c.num_experts if ".experts." in name else 1
             per_token += (6 if p.requires_grad else 4) * active * p.numel()
         sequences = spans[:, :1] + spans[:, 1:]  # (N, 2): prompt + chosen, prompt + rejected
-        seen = (sequences**2).sum() / 2
+        seen = ((sequences**2).sum() - (spans[:, 0] ** 2).sum()) / 2  # the prompt is computed once
         attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
         return float(per_token * spans.sum() + attention)
 
@@ -568,6 +567,9 @@ class Transformer(nn.Module):
                             "merge_and_unload), then name the merged model")
         hf = read_json(config)
         with where(config), torch.device("meta"):
+            if hf.get("model_type") == "gemma3":
+                print(f"{path_or_repo}: its text model alone, without what reads images", file=sys.stderr)
+                hf = hf["text_config"] | {"architectures": ["Gemma3ForCausalLM"]}
             model = cls(Config.from_hf(hf), hf)
         model.source = path_or_repo, revision
         model.generation_config = read_json(generation) if generation.exists() else {}
@@ -623,13 +625,8 @@ class Transformer(nn.Module):
     def save_adapters(self, directory, weights, base, r, alpha):
         """Write adapter_config.json and adapter_model.safetensors, which peft.PeftModel.from_pretrained
         loads."""
-        tensors = {}
-        layers = set()
-        for ours, tensor in weights.items():
-            if "lora_" in ours:
-                name = file_name(self, ours)
-                tensors[f"base_model.model.{name}.weight"] = tensor.cpu()
-                layers.add(name.split(".")[-2])
+        adapters = adapters_in_files(self, weights)
+        tensors = {f"base_model.model.{name}.weight": tensor.cpu() for name, tensor in adapters.items()}
         write_tensors(directory, "adapter_model", tensors)
         write_json(Path(directory, "adapter_config.json"), {
             "peft_type": "LORA",
@@ -639,33 +636,35 @@ class Transformer(nn.Module):
             "lora_alpha": alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": sorted(layers)})
+            "target_modules": sorted({name.split(".")[-2] for name in adapters})})
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The families, as data.
 
-GPT = dict(norm="layer", norm_eps=1e-5, gated=False, hidden_act="gelu_new", qkv_bias=True, out_bias=True,
-           mlp_bias=True)
+GPT = dict(norm="layer", norm_eps=1e-5, gated=False, hidden_act="gelu_new", attention_bias=True)
+QWEN = dict(sliding_window=4096, use_sliding_window=False)
+EXPERTS = dict(decoder_sparse_step=1, mlp_only_layers=[])
+GEMMA = dict(norm_offset=1.0, scaled_embeddings=True, hidden_act="gelu_pytorch_tanh", head_dim=256,
+             tie_word_embeddings=True)
 FAMILIES = {  # what a family's config.json leaves unsaid, where it is not Llama's case (Config's defaults)
-    "llama": dict(attention_bias=False),
+    "llama": {},
     "mistral": dict(sliding_window=4096),
-    "qwen2": dict(sliding_window=4096, use_sliding_window=False, max_window_layers=28, qkv_bias=True),
-    "qwen3": dict(sliding_window=4096, use_sliding_window=False, max_window_layers=28, attention_bias=False,
-                  qk_norm=True, head_dim=128),
-    "smollm3": dict(attention_bias=False, tie_word_embeddings=True, rope_theta=2e6, no_rope_layers=None,
-                    no_rope_layer_interval=4),
+    "qwen2": dict(QWEN, max_window_layers=28, qkv_bias=True),
+    "qwen3": dict(QWEN, max_window_layers=28, qk_norm=True, head_dim=128),
+    "smollm3": dict(tie_word_embeddings=True, rope_theta=2e6, no_rope_layers=[1, 1, 1, 0] * 99),
+    "olmo2": dict(norm_eps=1e-5, norm_inputs=False, norm_outputs=True, qk_norm=True, qk_norm_joint=True),
+    "gemma": GEMMA,
+    "gemma3_text": dict(GEMMA, norm_outputs=True, qk_norm=True, query_pre_attn_scalar=256, rope_theta=1e6,
+                        rope_local_base_freq=1e4, sliding_window=4096, sliding_window_pattern=6,
+                        vocab_size=262208, num_attention_heads=8, num_key_value_heads=4),
     "phi3": dict(sliding_window=None, norm_eps=1e-5),
     "phi": dict(GPT, parallel=True, head_bias=True, partial_rotary_factor=0.5),
     "stablelm": dict(norm="layer", norm_eps=1e-5, partial_rotary_factor=0.25),
     "gpt2": dict(GPT, learned_positions=True, tie_word_embeddings=True),
-    "opt": dict(GPT, learned_positions=True, position_offset=2, hidden_act="relu", enable_bias=True,
-                tie_word_embeddings=True),
-    "mixtral": dict(sliding_window=None, norm_eps=1e-5, rope_theta=1e6, norm_topk_prob=True,
-                    decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001),
-    "qwen3_moe": dict(sliding_window=4096, use_sliding_window=False, attention_bias=False, qk_norm=True,
-                      decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001,
-                      moe_intermediate_size=768),
+    "opt": dict(GPT, learned_positions=True, position_offset=2, hidden_act="relu", tie_word_embeddings=True),
+    "mixtral": dict(EXPERTS, sliding_window=None, norm_eps=1e-5, rope_theta=1e6, norm_topk_prob=True),
+    "qwen3_moe": dict(QWEN, **EXPERTS, qk_norm=True, moe_intermediate_size=768),
 }
 CONFIG_KEYS = {  # config.json's older and other names -> the one used here
     "n_embd": "hidden_size",
@@ -676,24 +675,33 @@ CONFIG_KEYS = {  # config.json's older and other names -> the one used here
     "word_embed_proj_dim": "embed_dim",
     "n_positions": "max_position_embeddings",
     "activation_function": "hidden_act",
+    "hidden_activation": "hidden_act",
     "rms_norm_eps": "norm_eps",
     "layer_norm_eps": "norm_eps",
     "layer_norm_epsilon": "norm_eps",
     "num_local_experts": "num_experts",
     "qk_layernorm": "qk_norm",
     "use_qkv_bias": "qkv_bias",
+    "enable_bias": "attention_bias",
     "use_parallel_residual": "parallel",
     "do_layer_norm_before": "norm_first",
     "rope_scaling": "rope_parameters",
 }
-STRAY = "intermediate_size", "num_key_value_heads", "head_dim"  # mean nothing to OPT and GPT-2
 SUPPORTED = {  # entries that have to have this value
     "quantization_config": None,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
+    "no_rope_layer_interval": 4,
+    "use_bidirectional_attention": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
+NORM_OUTPUTS = {"post_attention_layernorm": "pre_feedforward_layernorm",
+                "attention_norm": "post_attention_layernorm"}
 RENAMES = {  # our name -> the file's name, by substitution, top to bottom; used to load and to save
+    "olmo2": NORM_OUTPUTS,
+    "gemma3_text": NORM_OUTPUTS,
     "phi": {"self_attn.o_proj": "self_attn.dense", "up_proj": "fc1", "down_proj": "fc2",
             "model.norm": "model.final_layernorm", "q_norm": "q_layernorm", "k_norm": "k_layernorm"},
     # several names that become one: the file has these tensors joined by rows
@@ -708,7 +716,8 @@ RENAMES = {  # our name -> the file's name, by substitution, top to bottom; used
              "k_proj": "c_attn", "v_proj": "c_attn", "up_proj": "c_fc", "down_proj": "c_proj"},
     "mixtral": {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
 }
-BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)$")  # constants in older files
+# Tensors that are left out: constants in older files, and what reads images
+LEFT_OUT = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$|vision_tower|multi_modal_projector")
 
 # -----------------------------------------------------------------------------------------------------------
 # A model's shape, from config.json.
@@ -739,12 +748,18 @@ class Config:
     gated: bool = True  # silu(gate) * up; else one matrix up
     norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # what is added to the norms' weights
+    norm_inputs: bool = True  # of attention and MLP
+    norm_outputs: bool = False  # of attention and MLP, before the residual sum
     norm_first: bool = True  # False, in OPT-350M: after the residual sum
     qk_norm: bool = False  # queries and keys are normalised, head by head
+    qk_norm_joint: bool = False  # or all heads at once
+    query_pre_attn_scalar: float = 0.0  # scores are q k / sqrt(this); 0: head_dim
+    scaled_embeddings: bool = False  # by sqrt(hidden_size)
     parallel: bool = False  # attention and MLP read the same input
+    attention_bias: bool = False  # in queries, keys, values and output
     qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
+    mlp_bias: bool = False  # without a gate: as attention_bias
     head_bias: bool = False
     # Positions, and what each layer sees
     max_position_embeddings: int = 2048
@@ -752,23 +767,23 @@ class Config:
     position_offset: int = 0  # the row of their table that position 0 has
     rope_theta: float = 1e4
     partial_rotary_factor: float = 1.0  # how much of each head is rotated
-    rope: dict = None  # rope_type, rotary_dim and the numbers of ROPE; None: not rotary
-    rotated: list = None  # by layer: are queries and keys rotated?
     windows: list = None  # by layer: how many positions a query sees, its own included; None: all before it
+    ropes: dict = None  # by window: rope_type, rotary_dim and the numbers of ROPE; empty: not rotary
+    rotated: list = None  # by layer: are queries and keys rotated?
     # Mixture of experts
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 0  # 0: as intermediate_size
     moe_layers: list = None  # the layers that have experts
     norm_topk_prob: bool = False
-    router_aux_loss_coef: float = 0.0
-    output_router_logits: bool = False
 
     @classmethod
     def from_hf(cls, hf):
         """Hugging Face's config.json, as a dict, old spellings and new. Raises UserError for what is not
         supported. Entries that neither Config nor the family's row in FAMILIES has mean nothing to it."""
         family = hf.get("model_type")
+        if family == "gemma2":
+            raise UserError("Gemma 2 caps its attention scores, which no fused attention does: not supported")
         if family not in FAMILIES:
             raise UserError(f"model_type {family!r} is not supported (known are {', '.join(FAMILIES)})")
         c = cls()
@@ -777,19 +792,18 @@ class Config:
         vars(c).update(FAMILIES[family])
         for name, value in hf.items():
             key = CONFIG_KEYS.get(name, name)
-            stray = name in STRAY and c.learned_positions
             given = value is not None or key == "sliding_window"  # null: the default, but of a window: none
-            if key in vars(c) and given and not stray:
+            if key in vars(c) and given:
                 setattr(c, key, value)
         with where("a value is missing or not supported"):
             for key, value in SUPPORTED.items():
-                if hf.get(key, value) != value:
+                if hf.get(key) not in (value, None):
                     raise UserError(f"{key} = {hf[key]!r}")
             complete(c)
             check_types(c)
-            c.rope = rope_of(c)
-            c.rotated = rotated_of(c)
             c.windows = windows_of(c)
+            c.ropes = {} if c.learned_positions else {window: rope_of(c, window) for window in c.windows}
+            c.rotated = getattr(c, "no_rope_layers", [not c.learned_positions] * c.num_hidden_layers)
             c.moe_layers = moe_layers_of(c)
         return c
 
@@ -800,10 +814,11 @@ def complete(c):
     c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
     c.embed_dim = c.embed_dim or c.hidden_size
     c.intermediate_size = c.intermediate_size or 4 * c.hidden_size
-    if hasattr(c, "attention_bias"):
-        c.qkv_bias = c.out_bias = c.attention_bias
-    if hasattr(c, "enable_bias"):
-        c.qkv_bias = c.out_bias = c.mlp_bias = c.enable_bias
+    if not c.gated:
+        c.mlp_bias = c.attention_bias
+    c.qkv_bias = c.qkv_bias or c.attention_bias
+    if c.model_type == "gemma" and c.hidden_act == "gelu":  # in older files; the tanh one is meant
+        c.hidden_act = "gelu_pytorch_tanh"
 
 
 def check_types(c):
@@ -819,10 +834,13 @@ def check_types(c):
         raise UserError(f"activation {c.hidden_act!r}")
 
 
-def rope_of(c):
-    if c.learned_positions:
-        return None
-    given = vars(c) | (c.rope_parameters or {})
+def rope_of(c, window):
+    """The rotary positions of layers with this window. Gemma 3 has others with than without: rope_parameters
+    holds both in new files; in older ones it belongs to layers without."""
+    given = c.rope_parameters or {}
+    if window and hasattr(c, "rope_local_base_freq"):
+        given = given.get("sliding_attention", {"rope_theta": c.rope_local_base_freq})
+    given = vars(c) | given.get("full_attention", given)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE:
         raise UserError(f"rope_type {kind!r}")
@@ -834,28 +852,19 @@ def rope_of(c):
     return rope
 
 
-def rotated_of(c):
-    """All layers rotate, but in SmolLM3: there no_rope_layers has 0 for those that do not; without that list
-    it is each no_rope_layer_interval-th."""
-    rotated = getattr(c, "no_rope_layers", None)
-    if rotated is None:
-        interval = getattr(c, "no_rope_layer_interval", c.num_hidden_layers + 1)
-        rotated = [(layer + 1) % interval for layer in range(c.num_hidden_layers)]
-    return [bool(each) and not c.learned_positions for each in rotated]
-
-
 def windows_of(c):
-    """By layer_types in new files; in older ones all layers from max_window_layers on have the window."""
-    window = None
-    if getattr(c, "use_sliding_window", True):
-        window = getattr(c, "sliding_window", None)
-        if window is not None and window < 1:
-            raise UserError(f"sliding_window {window!r}")
+    """By layer_types in new files; in older ones all layers from max_window_layers on have the window, but
+    each sliding_window_pattern-th."""
+    window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
+    if window is not None and window < 1:
+        raise UserError(f"sliding_window {window!r}")
     if c.layer_types is not None:
         window_of = {"full_attention": None, "sliding_attention": window}
         return [window_of[kind] for kind in c.layer_types]
     first = getattr(c, "max_window_layers", 0)
-    return [window if layer >= first else None for layer in range(c.num_hidden_layers)]
+    pattern = getattr(c, "sliding_window_pattern", c.num_hidden_layers + 1)
+    layers = range(c.num_hidden_layers)
+    return [window if layer >= first and (layer + 1) % pattern else None for layer in layers]
 
 
 def moe_layers_of(c):
@@ -891,23 +900,27 @@ def file_parts(model):
 
 
 def in_files(model, weights, device, dtype):
-    """{our name: tensor} -> {name in the files: tensor}."""
+    """{our name: tensor} -> {name in the files: tensor}, with the updates of adapters in them."""
+    adapters = adapters_in_files(model, weights)
     tensors = {}
     for name, parts in file_parts(model).items():
-        pieces = [merged(model, weights, ours)[index].to(device, dtype) for ours, index in parts]
+        pieces = [weights[ours][index].to(device) for ours, index in parts]
         tensor = torch.cat(pieces)  # of a single piece a copy: an expert is a view, which cannot be saved
-        tensors[name] = turned(tensor, name).contiguous()
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A" in adapters:
+            update = adapters[f"{layer}.lora_B"] @ adapters[f"{layer}.lora_A"]
+            tensor = tensor + (model.adapter_scale * update).to(device)
+        tensors[name] = turned(tensor.to(dtype), name).contiguous()
     return tensors
 
 
-def merged(model, weights, ours):
-    """A parameter with its adapter's update, if it has one."""
-    weight = weights[ours]
-    layer = ours.removesuffix(".weight")
-    if f"{layer}.lora_A" not in weights:
-        return weight
-    update = weights[f"{layer}.lora_B"] @ weights[f"{layer}.lora_A"]
-    return weight + (model.get_submodule(layer).scale * update).to(weight.device)
+def adapters_in_files(model, weights):
+    """{our name: tensor} -> {name in the files: tensor} of adapters."""
+    pieces = {}
+    for ours, tensor in weights.items():
+        if "lora_" in ours:
+            pieces.setdefault(file_name(model, ours), []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in pieces.items()}
 
 
 def turned(tensor, name):
@@ -920,19 +933,16 @@ def known_names(model, stored):
     tied head. stored: {name: what read_tensor takes}."""
     embedding = file_name(model, "model.embed_tokens.weight")
     prefix = embedding.partition(".")[0] + "."  # model. or transformer.
-    bare = not any(name.startswith(prefix) for name in stored)
+    bare = not any(prefix in name for name in stored)
     full = {}
     for name, entry in stored.items():
         if bare and not name.startswith("lm_head"):
             name = prefix + name
-        if not BUFFERS.search(name):
+        name = name.replace("language_model.", "")  # of Gemma 3 with images
+        if not LEFT_OUT.search(name):
             full[name] = entry
     if model.config.tie_word_embeddings and "lm_head.weight" in full:
-        head = full.pop("lm_head.weight")
-        other = full.setdefault(embedding, head)
-        shape = model.lm_head.weight.shape
-        if not torch.equal(read_tensor(*head, shape), read_tensor(*other, shape)):
-            raise UserError(f"lm_head.weight and {embedding} differ, but tie_word_embeddings is true")
+        full.setdefault(embedding, full.pop("lm_head.weight"))
     return full
 
 
@@ -1000,5 +1010,5 @@ def read_tensor(path, name, shape=None):
 def write_tensors(directory, stem, tensors):
     """Write {name: tensor} as STEM.safetensors, or, beyond SHARD_BYTES, as shards with an index."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    pattern = stem + "{suffix}.safetensors"
-    save_torch_state_dict(tensors, directory, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
+    save_torch_state_dict(tensors, directory, filename_pattern=stem + "{suffix}.safetensors",
+                          max_shard_size=SHARD_BYTES)

@@ -9,19 +9,43 @@ Where no --temperature, --top_k or --top_p is given, generation_config.json's co
 does not.
 """
 import argparse
+import inspect
 import json
+import math
+import re
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Tokenizer, UserError, kind_of, where
+import data
+from data import Tokenizer, UserError, as_turns, read_json, where
 from model import Cache, Transformer
 
 CHAT_HELP = "/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
+
+
+@dataclass
+class Flags:
+    model: str = "out"  # directory or hub id
+    revision: str = ""  # branch, tag or commit of a hub id
+    prompt: str = None  # one prompt: print its answer and end
+    prompts: str = ""  # file of prompts, one a line, or .jsonl with `prompt`
+    output: str = ""  # where the answers to --prompts go, as .jsonl (default: standard output)
+    raw: bool = False  # do not use the chat template
+    system: str = ""  # system message before the prompt or chat
+    max_new_tokens: int = 256  # longest answer, in tokens
+    temperature: float = None  # 0: the likeliest token (default: generation_config.json's, else 0)
+    top_k: int = None  # sample among the k likeliest tokens; 0: all (default: likewise, else 0)
+    top_p: float = None  # sample among the likeliest tokens of this total probability (likewise, else 1)
+    seed: int = 0  # of the sampling
+    batch_size: int = 16  # prompts of a file answered together
+    debug: bool = False  # show the traceback behind a one-line error
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -53,7 +77,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), **choice):
             return
         yield [token if step < room else None for token, room in zip(picked, rooms)]
         inputs = tokens[:, None]
-        last = None
+        last = -1
         positions = (lengths + step)[:, None].clamp(max=end - 1)  # a row that has ended stays at its last
 
 
@@ -77,17 +101,18 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def check_prompts(model, prompts):
-    """Raise UserError for what cannot be continued."""
-    if not all(prompts):
-        raise UserError("a prompt without a single token cannot be continued")
-    largest = max(map(max, prompts))
-    longest = max(map(len, prompts))
-    if largest >= model.config.vocab_size:
-        raise UserError(f"token id {largest} in a vocabulary of {model.config.vocab_size}: this tokenizer "
+def check_fits(model, largest_id, longest):
+    """Raise UserError for ids that the model does not know, and for more positions than it has."""
+    if largest_id >= model.config.vocab_size:
+        raise UserError(f"token id {largest_id} in a vocabulary of {model.config.vocab_size}: this tokenizer "
                         "is not the model's")
-    if model.max_positions and longest >= model.max_positions:
-        raise UserError(f"a prompt of {longest} tokens leaves no room in the model's {model.max_positions}")
+    if model.max_positions and longest > model.max_positions:
+        raise UserError(f"{longest} tokens in a model of {model.max_positions} positions")
+
+
+def check_prompts(model, prompts):
+    """Raise UserError for what cannot be continued by a token."""
+    check_fits(model, max(map(max, prompts)), max(map(len, prompts)) + 1)
 
 
 def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
@@ -103,14 +128,27 @@ def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
 def prompt_ids(prompt, tokenizer, history=()):
     """Ids of a prompt: a list of messages through the chat template, a string as the user's turn after those
     of `history` if there is a template."""
-    if isinstance(prompt, str) and tokenizer.has_template:
-        prompt = [*history, {"role": "user", "content": prompt}]
+    if isinstance(prompt, str) and tokenizer.chat_template:
+        prompt = [*history, *as_turns(prompt, "user")]
     if not isinstance(prompt, str):
         prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-    ids = tokenizer.encode(prompt)
-    if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:  # a template may have written it
-        ids = [tokenizer.bos_id, *ids]
-    return ids
+    return data.prompt_ids(prompt, tokenizer)
+
+
+def stop_ids(tokenizer):
+    """The ids that end an answer: EOS, generation_config.json's, what closes a turn of the template."""
+    listed = read_json("generation_config.json", tokenizer.files).get("eos_token_id")
+    if not isinstance(listed, list):
+        listed = [listed]
+    stops = {tokenizer.eos_id, *listed} - {None}
+    with suppress(UserError):  # a template with rules of its own about turns
+        turns = as_turns("QUESTION", "user") + as_turns("ANSWER", "assistant")
+        closing = tokenizer.apply_chat_template(turns).rpartition("ANSWER")[2].lstrip()
+        added = tokenizer.backend.get_added_tokens_decoder()
+        for token in tokenizer.encode(closing)[:1]:
+            if token in added and added[token].special:
+                stops.add(token)
+    return stops
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -153,9 +191,7 @@ def chat(model, tokenizer, opening, options):
             return
         if text == "/exit":
             return
-        if text == "/help":
-            print(CHAT_HELP, file=sys.stderr)
-        elif text == "/new":
+        if text == "/new":
             history = list(opening)
         elif text:
             try:
@@ -177,77 +213,86 @@ def read_prompts(path):
             with where(f"line {number}"):
                 row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.rstrip("\n")}
                 name = "instruction" if "instruction" in row else "prompt"
-                if kind_of(row[name]) not in ("strings", "messages"):
-                    raise UserError("neither text nor messages")
-                prompts.append((name, row[name]))
+                prompt = row[name]
+                prompts.append((name, prompt if isinstance(prompt, str) else as_turns(prompt, "user")))
         if not prompts:
             raise UserError("no prompts in it")
     return prompts
 
 
-def answer_file(model, tokenizer, prompts, opening, args, options):
+def answer_file(model, tokenizer, prompts, opening, flags, options):
     """Answer a file of prompts in its order, writing as they come."""
     ids = [prompt_ids(prompt, tokenizer, opening) for _, prompt in prompts]
-    with where(args.prompts):
+    with where(flags.prompts):
         check_prompts(model, ids)
-    with where(f"--output {args.output}"):
+    with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
-        file = open(args.output, "w", buffering=1, encoding="utf-8") if args.output else sys.stdout
-    for first in tqdm(range(0, len(ids), args.batch_size), desc="answering", unit=" batches", disable=None):
-        batch = ids[first : first + args.batch_size]
+        file = open(flags.output, "w", buffering=1, encoding="utf-8") if flags.output else sys.stdout
+    for first in tqdm(range(0, len(ids), flags.batch_size), desc="answering", unit=" batches", disable=None):
+        batch = ids[first : first + flags.batch_size]
         answers = continuations(model, batch, **options)
         for (name, prompt), asked, new in zip(prompts[first:], batch, answers):
             text = tokenizer.decode(new, after=asked)
             row = {name: prompt, "answer": text}
             if name == "instruction":  # AlpacaEval's names
-                row = {name: prompt, "output": text, "generator": args.model}
+                row = {name: prompt, "output": text, "generator": flags.model}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 # -----------------------------------------------------------------------------------------------------------
-# The program.
+# The program. The parser serves train.py, too.
 
 
-def parse_args(arguments):
-    parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS, description=__doc__,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("--model", default="out", help="directory or hub id (default: out)")
-    flag("--revision", help="branch, tag or commit of a hub id")
-    flag("--prompt", help="one prompt: print its answer and end")
-    flag("--prompts", help="file of prompts, one a line, or .jsonl with `prompt`")
-    flag("--output", help="where the answers to --prompts go, as .jsonl (default: standard output)")
-    flag("--raw", action="store_true", help="do not use the chat template")
-    flag("--system", default="", help="system message before the prompt or chat")
-    flag("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
-    flag("--temperature", type=float, help="0: the likeliest token; this and the next two default to "
-         "generation_config.json's, else to 0, 0 and 1")
-    flag("--top_k", type=int, help="sample among the k likeliest tokens; 0: all")
-    flag("--top_p", type=float, help="sample among the likeliest tokens of this total probability")
-    flag("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    flag("--batch_size", type=int, default=16, help="prompts of a file answered together (default: 16)")
-    flag("--debug", action="store_true", help="show the traceback behind a one-line error")
-    args = parser.parse_args(arguments)
-    if args.prompt is not None and args.prompts is not None:
+def make_parser(cls, program, description):
+    """A field of the dataclass is a flag, its comment the help, a Literal its choices. What is not given is
+    not in the result."""
+    parser = argparse.ArgumentParser(prog=program, usage=argparse.SUPPRESS, description=description,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    for field in fields(cls):
+        options = {"help": comments[field.name]}
+        if field.default not in (None, "", ()):
+            options["help"] += f" (default: {field.default})"
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type is list:
+            options.update(action="extend", nargs="+")
+        elif get_args(field.type):
+            options["choices"] = get_args(field.type)
+        else:
+            options["type"] = field.type
+        parser.add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def check_numbers(flags, positive, error):
+    """Call error(line) for a number that is negative or not finite, or 0 where it has to be positive."""
+    for name, value in vars(flags).items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            error(f"--{name} {value} is out of range")
+        if value == 0 and name in positive:
+            error(f"--{name} must be positive")
+
+
+def parse_flags(arguments):
+    parser = make_parser(Flags, "sample.py", __doc__)
+    flags = Flags(**vars(parser.parse_args(arguments)))
+    check_numbers(flags, ["max_new_tokens", "batch_size", "top_p"], parser.error)
+    if flags.prompt is not None and flags.prompts:
         parser.error("--prompt and --prompts: give one of the two")
-    if args.output and not args.prompts:
+    if flags.top_p is not None and flags.top_p > 1:
+        parser.error("--top_p must be at most 1")
+    if flags.output and not flags.prompts:
         parser.error("--output is for the answers to --prompts, which is missing")
-    if args.max_new_tokens < 1 or args.batch_size < 1:
-        parser.error("--max_new_tokens and --batch_size must be positive")
-    if not (args.temperature or 0) >= 0:  # nor NaN
-        parser.error("--temperature must not be negative")
-    if (args.top_k or 0) < 0:
-        parser.error("--top_k must not be negative")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        parser.error("--top_p must be above 0 and at most 1")
-    return args
+    return flags
 
 
-def sampling_options(model, args):
+def sampling_options(model, flags):
     """As transformers reads generation_config.json; the command line wins."""
     options = dict(temperature=1.0, top_k=0, top_p=1.0)
     usual = model.generation_config if model.generation_config.get("do_sample") else {"temperature": 0.0}
-    for source in (usual, vars(args)):
+    for source in (usual, vars(flags)):
         for name in options:
             if source.get(name) is not None:
                 options[name] = source[name]
@@ -256,27 +301,27 @@ def sampling_options(model, args):
 
 def main(arguments):
     """Generate as the command line says. Raises UserError."""
-    args = parse_args(arguments)
-    prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once
+    flags = parse_flags(arguments)
+    prompts = read_prompts(flags.prompts) if flags.prompts else []  # before the model: mistakes show at once
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformer.from_pretrained(args.model, revision=args.revision)
-    tokenizer = Tokenizer.from_pretrained(args.model, revision=args.revision)
+    model = Transformer.from_pretrained(flags.model, revision=flags.revision)
+    tokenizer = Tokenizer.from_pretrained(flags.model, revision=flags.revision)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    if args.raw:
-        tokenizer.has_template = False  # a prompt as it stands
-    if args.system and not tokenizer.has_template:
+    if flags.raw:
+        tokenizer.chat_template = None  # a prompt as it stands
+    if flags.system and not tokenizer.chat_template:
         raise UserError("--system needs a chat template")
-    opening = [{"role": "system", "content": args.system}] if args.system else []
+    opening = [{"role": "system", "content": flags.system}] if flags.system else []
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
         torch.set_num_threads(1)  # waking a second thread for so little work takes longer than the work
-    options = sampling_options(model, args)
-    options["stop_ids"] = tokenizer.stop_ids()
-    options["max_new_tokens"] = args.max_new_tokens
-    options["generator"] = torch.Generator(device).manual_seed(args.seed)
+    options = sampling_options(model, flags)
+    options["stop_ids"] = stop_ids(tokenizer)
+    options["max_new_tokens"] = flags.max_new_tokens
+    options["generator"] = torch.Generator(device).manual_seed(flags.seed)
     if prompts:
-        answer_file(model, tokenizer, prompts, opening, args, options)
-    elif args.prompt is not None:
-        answer(model, tokenizer, prompt_ids(args.prompt, tokenizer, opening), options)
+        answer_file(model, tokenizer, prompts, opening, flags, options)
+    elif flags.prompt is not None:
+        answer(model, tokenizer, prompt_ids(flags.prompt, tokenizer, opening), options)
     else:
         chat(model, tokenizer, opening, options)
 

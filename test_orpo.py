@@ -15,6 +15,7 @@ import multiprocessing.forkserver
 import os
 import random
 import re
+import shlex
 import resource
 import runpy
 import shutil
@@ -102,7 +103,13 @@ def byte_tokenizer(*, post_processor=False, adds_bos=False, bos=True, template=N
     specials = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     if bos:
         specials["bos_token"] = "<s>"
-    return Tokenizer(backend, specials, adds_bos, template)
+    return tokenizer_of(backend, add_bos_token=adds_bos, chat_template=template, **specials)
+
+
+def tokenizer_of(backend, **settings):
+    """A Tokenizer from one of the tokenizers library and what stands in tokenizer_config.json."""
+    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(settings)}
+    return Tokenizer({name: content.encode() for name, content in files.items()})
 
 
 def random_pairs(lengths, vocab=53, seed=0):
@@ -359,7 +366,7 @@ def test_data_real_tokenizers_are_saved_unchanged_and_encode_as_transformers(nam
         put(source / path.name, path.read_bytes())
     tok = Tokenizer.from_pretrained(source)
     shutil.rmtree(source)  # not needed any more
-    found = tok.eos_id, tok.bos_id, tok.adds_bos, tok.has_template, tok.stop_ids()
+    found = tok.eos_id, tok.bos_id, tok.adds_bos, bool(tok.chat_template), sample.stop_ids(tok)
     assert found == TOKENIZERS[name]
     tok.save_pretrained(tmp_path)
     Tokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)  # onto itself: empties nothing
@@ -472,7 +479,7 @@ SEVERAL = [{"name": "rag", "template": "documents"}, {"name": "default", "templa
 def test_data_where_the_template_and_its_tokens_come_from(settings, files, expected, tmp_path):
     tok = data_loading(files, **settings)(tmp_path)
     assert tok.apply_chat_template([user("q")], True) == expected
-    assert tok.has_template == bool(settings)
+    assert bool(tok.chat_template) == bool(settings)
 
 
 @pytest.mark.parametrize("attack", [
@@ -494,7 +501,6 @@ def test_data_templates_cannot_leave_the_sandbox(attack):
 
 HI, WHO = "\n\nHuman: hi\n\nAssistant:", "\n\nHuman: who\n\nAssistant:"
 S, Q, G, B = turn("system", "s"), user("q"), assistant("good"), assistant("bad")
-ALPACA = [data.ALPACA.format(instruction="{Do}.", input=text) for text in ("", "\n\n### Input:\nin")]
 FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as read_pairs gives it
     "strings, other columns": (PAIR | {"score": 1.5, "id": None, "source": ["x"]}, "p", "good", "bad"),
     "not ASCII": (dict(prompt="你好 é", chosen="🙂", rejected="\u2028x"), "你好 é", "🙂", "\u2028x"),
@@ -502,7 +508,6 @@ FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as rea
     "a word that goes on": (dict(chosen="It? A cat", rejected="It? A"), "It?", " A cat", " A"),
     "a longer word": (dict(chosen="It? A cat", rejected="It? Ash tree"), "It?", " A cat", " Ash tree"),
     "shared lines": (dict(chosen="2+2?\nFour", rejected="2+2?\nFive"), "2+2?\n", "Four", "Five"),
-    "nothing shared": (dict(chosen="abc d", rejected="abx d"), "", "abc d", "abx d"),
     "HH": (dict(chosen=HI + "y" + WHO + "me", rejected=HI + "y" + WHO + "I"), HI + "y" + WHO, "me", "I"),
     "HH, answers differ": (dict(chosen=HI + "y" + WHO, rejected=HI + "n" + WHO), HI, "y" + WHO, "n" + WHO),
     "HH, questions differ": (dict(chosen=HI + "yes\n\nHuman: a" + HI, rejected=HI + "yes\n\nHuman: b" + HI),
@@ -512,8 +517,8 @@ FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as rea
     "several turns to answer": (dict(chosen=[Q, G, Q, G], rejected=[Q, B]), [Q], [G, Q, G], [B]),
     "ultrafeedback": (dict(prompt=" q\n", chosen=[S, Q, G], rejected=[S, Q, B], score=9.0), [S, Q], [G], [B]),
     "prompt not repeated, system": (dict(prompt="q", chosen=[S, G], rejected=[S, B]), [S, Q], [G], [B]),
-    "alpaca": (PAIR | dict(prompt=None, instruction="{Do}.", input=""), ALPACA[0], "good", "bad"),
-    "alpaca, input": (PAIR | dict(prompt=None, instruction="{Do}.", input="in"), ALPACA[1], "good", "bad"),
+    "alpaca": (PAIR | dict(prompt=None, instruction="{Do}.", input=""), [user("{Do}.")], [G], [B]),
+    "alpaca, input": (PAIR | dict(prompt=None, instruction="Do.", input="in"), [user("Do.\n\nin")], [G], [B]),
     "question": (dict(question="q", system="s", chosen="good", rejected="bad"), [S, Q], [G], [B]),
     "ShareGPT": (dict(conversations=[{"from": "human", "value": "q"}],
                       chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"}),
@@ -533,7 +538,7 @@ def test_data_every_form_of_a_row_is_read(form, tmp_path):
 
 def test_data_a_prompt_in_a_column_of_no_usual_name_is_asked_for(tmp_path):
     file = put(tmp_path / "a.jsonl", [dict(task="p", chosen="good", rejected="bad", n=1)])
-    with pytest.raises(UserError, match=r"line 1: .*--prompt_column task or none"):
+    with pytest.raises(UserError, match="line 1: .*--prompt_column .*found: task, chosen, rejected, n"):
         read_pairs(file)
     assert read_pairs(file, prompt_column="task") == [PAIR]
     assert read_pairs(file, prompt_column="none") == [PAIR | {"prompt": ""}]
@@ -647,11 +652,9 @@ def test_data_prompts_begin_with_bos_exactly_once_and_are_never_empty(options, w
 @pytest.mark.parametrize("template, row, expected", [  # no template: GPT-2's own tokens
     ("{{ bos_token }}" + PLAIN_TURNS,
      dict(prompt=[], chosen=[G], rejected=[B]), ["<s>", "[a]good", "[a]bad"]),
-    (PLAIN_TURNS.replace("[a]{%", "[a]<think>{%"),  # as DeepSeek's
-     conversation(), ["[u]q[a]", "good", "bad"]),
     pytest.param("", dict(prompt="Hello wor", chosen="ld one", rejected="k two"),
-                 ["Hello", " world one", " work two"], marks=needs_shared)])
-def test_data_prompt_ends_where_the_three_texts_part(template, row, expected):
+                 ["Hello wor", "ld one", "k two"], marks=needs_shared)])
+def test_data_prompt_is_what_a_generator_is_asked_with(template, row, expected):
     if template:
         tok = byte_tokenizer(post_processor="bos" in template, template=template)
     else:
@@ -874,16 +877,15 @@ BAD_DATA = {  # what is wrong: (what meets it, what the line says)
     "broken line": (data_second(b'\n{"prompt": \n'), r"a\.jsonl, line 3: "),
     "broken list": (data_reading("a.json", b"[\n" + GOOD_LINE + b",\n{]"), r"a\.json: .*line 4"),
     "a string as row": (data_reading("a.json", json.dumps([PAIR, "text"])), r"a\.json, row 2: .*str"),
-    "no rejected": (data_second(dict(question="q", chosen="c")), "line 2: .*question: str, chosen: str"),
+    "no rejected": (data_second(dict(question="q", chosen="c")), "line 2: .*columns found: question, chosen"),
     "turn without content": (data_second(dict(chosen=[{"role": "a"}], rejected=[B])), "line 2: .*messages"),
     "an image": (data_second(conversation(prompt=[{"type": "image_url"}])), "line 2: .*image_url"),
-    "forms mixed": (data_second(dict(chosen="a b", rejected="a c")), r"a\.jsonl, line 2: "),
     "other prompt": (data_reading("a.jsonl", [dict(prompt="x", chosen=[Q, G], rejected=[Q, B])]), "line 1: "),
     "nothing left": (lambda d: tokenize_pairs([conversation("bad")], byte_tokenizer()), "0 kept: 1 equal"),
     "template refuses": (data_of_two_files, r"b\.jsonl, line 2\b.*Only yes"),
-    "no EOS": (lambda d: encode_pair(PAIR, Tokenizer(demo_tokenizer().backend, {})), "eos_token"),
+    "no EOS": (lambda d: encode_pair(PAIR, tokenizer_of(demo_tokenizer().backend)), "eos_token"),
     "no tokenizer": (lambda d: Tokenizer.from_pretrained(d), r"no tokenizer\.json"),
-    "broken tokenizer.json": (data_loading({"tokenizer.json": '{"model": '}), r"model/tokenizer\.json"),
+    "broken tokenizer.json": (data_loading({"tokenizer.json": '{"model": '}), r"model: tokenizer\.json"),
     "JSON of another kind": (lambda d: read_json(put(d / "config.json", "3")), r"config\.json: .*int"),
 }
 
@@ -952,7 +954,7 @@ SIZES = dict(vocab_size=53, hidden_size=48, intermediate_size=44, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=128)
 OPT = dict(vocab_size=53, hidden_size=80, ffn_dim=44, num_hidden_layers=3, num_attention_heads=5)
 GPT2 = dict(vocab_size=53, n_embd=80, n_layer=3, n_head=5, n_positions=128, layer_norm_epsilon=0.02)
-EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20)  # Mixtral has names of its own
+EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24)  # Mixtral has names of its own
 LAYER_NORM = dict(SIZES, layer_norm_eps=0.02)
 BASES = {"opt": OPT, "gpt2": GPT2, "phi": LAYER_NORM, "stablelm": LAYER_NORM}
 
@@ -975,6 +977,9 @@ LINEAR = {"type": "linear", "factor": 4.0}
 SLOWED = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 SLOWED["original_max_position_embeddings"] = 64
 WINDOW, FULL, SLIDING = dict(sliding_window=6, use_sliding_window=True), "full_attention", "sliding_attention"
+GEMMA3 = dict(num_hidden_layers=7, head_dim=16)
+OF_TYPES = {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 70.0}}
 CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes others, see there_and_back
     "llama": plain("llama", **TIED, head_dim=16),
     "llama3": plain("llama", rope_scaling=SLOWED, attention_bias=True, mlp_bias=True),
@@ -985,6 +990,16 @@ CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes 
     "qwen3-biases": plain("qwen3", **WINDOW, max_window_layers=2, head_dim=10, attention_bias=True),
     "smollm3": plain("smollm3", num_hidden_layers=4, pad_token_id=1),  # the last layer not rotated
     "smollm3-list": plain("smollm3", **APART, pad_token_id=1, no_rope_layers=[0, 1, 0], attention_bias=True),
+    "olmo2": plain("olmo2", pad_token_id=1),
+    "olmo2-biases": plain("olmo2", **TIED, attention_bias=True, pad_token_id=1, hidden_act="gelu"),
+    "gemma": plain("gemma", head_dim=16, hidden_act="gelu"),
+    "gemma-untied": plain("gemma", **APART, head_dim=10, attention_bias=True, rope_theta=500.0),
+    "gemma3": plain("gemma3_text", **GEMMA3, sliding_window=7),
+    "gemma3-large": plain("gemma3_text", **GEMMA3, sliding_window=5, sliding_window_pattern=2, rope_theta=500.0,
+                          rope_local_base_freq=50.0, rope_scaling=dict(LINEAR, rope_type="linear"),
+                          query_pre_attn_scalar=24, attention_bias=True, **APART),
+    "gemma3-types": plain("gemma3_text", head_dim=24, sliding_window=6, layer_types=[FULL, SLIDING, FULL],
+                          query_pre_attn_scalar=24, rope_parameters=OF_TYPES),
     "phi3": plain("phi3", sliding_window=7, pad_token_id=1),
     "phi3-partial": plain("phi3", **TIED, partial_rotary_factor=0.5, pad_token_id=1),
     "stablelm": plain("stablelm", hidden_size=96, use_qkv_bias=True),  # 4 of 16 rotated
@@ -996,8 +1011,8 @@ CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes 
     "opt-bare": plain("opt", **APART, enable_bias=False),
     "gpt2": plain("gpt2"),
     "gpt2-untied": plain("gpt2", **APART, n_inner=44, activation_function="gelu"),
-    "mixtral": plain("mixtral", num_local_experts=5, num_experts_per_tok=2, sliding_window=7),
-    "mixtral-odd": plain("mixtral", **TIED, intermediate_size=27, num_local_experts=3, num_experts_per_tok=3),
+    "mixtral": plain("mixtral", intermediate_size=32, num_local_experts=5, num_experts_per_tok=2, sliding_window=7),
+    "mixtral-all": plain("mixtral", **TIED, intermediate_size=24, num_local_experts=3, num_experts_per_tok=3),
     "qwen3moe": plain("qwen3_moe", **EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0]),
     "qwen3moe-sparse": plain("qwen3_moe", **EXPERTS, decoder_sparse_step=2, attention_bias=True),
 }
@@ -1091,7 +1106,7 @@ def adapted(directory, by=0.25, **more):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "opt", "mixtral"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "opt", "mixtral", "gemma3", "phi3", "gpt2"])
 @torch.no_grad()
 def test_model_adapters_start_from_nothing_and_merge(name, checkpoint, tmp_path):
     """W x + alpha / r B A x, with the adapters and in the merged model."""
@@ -1107,7 +1122,7 @@ def test_model_adapters_start_from_nothing_and_merge(name, checkpoint, tmp_path)
     close(at_the_start.logits(tokens), load(checkpoint(name)).logits(tokens))
 
 
-@pytest.mark.parametrize("name", "llama3 mistral qwen2 qwen3 smollm3 stablelm phi opt mixtral".split())
+@pytest.mark.parametrize("name", "llama3 mistral qwen2 qwen3 smollm3 stablelm phi opt mixtral olmo2 gemma gemma3-large phi3 gpt2".split())
 def test_model_adapters_are_pefts(name, checkpoint, tmp_path):
     """In PEFT the same logits, with the adapters and merged."""
     peft = pytest.importorskip("peft", reason="peft is the reference")
@@ -1116,7 +1131,8 @@ def test_model_adapters_are_pefts(name, checkpoint, tmp_path):
     weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
     model.save_adapters(tmp_path / "adapter", weights, str(directory), 3, 5.0)
     theirs = peft.PeftModel.from_pretrained(load_in_transformers(directory), tmp_path / "adapter").eval()
-    assert len(weights) == sum("lora" in key for key, _ in theirs.named_parameters())
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == sum("lora" in key for key, _ in theirs.named_parameters())
     tokens = torch.tensor(IDS[None])
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -1154,8 +1170,11 @@ GOLDEN = {  # transformers 5.23: four logits; log-probabilities of the chosen an
     "phi": [-0.05015, 1.01958, 1.62838, -0.64446, -27.59469, -35.06314],
     "opt": [-0.29413, 0.83844, 0.47223, 0.50490, -35.40018, -38.44374],
     "gpt2": [-1.04127, 1.31219, 0.87534, 2.75560, -32.06234, -32.90264],
-    "mixtral": [-0.97485, 1.11975, -1.78126, -0.43784, -33.63554, -30.79201],
-    "qwen3moe": [0.37005, 0.37730, -2.44675, -0.30507, -32.95005, -29.05412],
+    "mixtral": [0.11377, 0.02749, 0.25212, 0.30841, -31.25917, -40.36221],
+    "qwen3moe": [0.25885, -0.10698, -2.41122, 0.05449, -28.71399, -32.30297],
+    "olmo2": [-2.03331, -1.64860, 0.12706, 0.78231, -31.94813, -34.83180],
+    "gemma": [-2.53339, 3.03910, 2.86554, 0.77596, -51.85965, -48.34861],
+    "gemma3": [-3.07618, 0.93214, 3.53391, 0.28179, -51.25784, -45.72124],
 }
 
 
@@ -1243,41 +1262,16 @@ def test_model_equals_transformers_there_and_back(name, checkpoint, tmp_path, mo
     assert index["weight_map"].keys() == load_file(tmp_path / WEIGHTS).keys()
 
 
-def reference_balance(reference, pairs, experts, visited):
-    """transformers' balance loss over every sequence without its last token."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    gates = []
-    for prompt, *responses in pairs:
-        for response in responses:
-            ids = torch.tensor(np.concatenate([prompt, response[:-1]]))
-            gates.append(reference(ids[None], output_router_logits=True).router_logits)
-    of_layers = tuple(map(torch.cat, zip(*gates)))
-    return load_balancing_loss_func(of_layers, experts, visited)
-
-
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_model_gradients_equal_transformers(name, checkpoint, tmp_path):
     """Those of unpadded forward passes by transformers, and no tensor is left out."""
     model = load(checkpoint(name))
     reference = load_in_transformers(checkpoint(name))
-    config = model.config
     pairs = random_pairs(LENGTHS[2:6])
-    batch = pack(pairs)
-    weight = train.router_weight(batch)  # the prefix, computed once here, counts twice
-    logps, router = model(batch, weight)
+    logps = model(pack(pairs))
     expected_logps = plain_logps(lambda ids: reference(ids).logits, pairs)
     close(logps, expected_logps, atol=1e-4)
-    loss = mixture(logps)
-    expected = mixture(expected_logps)
-    if config.moe_layers:
-        sent, probability = router / (weight.sum() * len(config.moe_layers))
-        balance = config.num_experts * (sent * probability).sum()
-        their_balance = reference_balance(reference, pairs, config.num_experts, config.num_experts_per_tok)
-        close(balance, their_balance, rtol=1e-5)
-        loss = loss + balance
-        expected = expected + their_balance
-    (loss + expected).backward()
+    (mixture(logps) + mixture(expected_logps)).backward()
     for parameter in reference.parameters():  # saved as if they were weights, to be read under our names
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     reference.save_pretrained(tmp_path)
@@ -1418,17 +1412,15 @@ def compiled_without_code(model, patch):
 
 
 @pytest.mark.parametrize("change, name", [
-    *itertools.product([flash_attention, gradient_checkpointing], ["mistral", "gpt2", "qwen3moe"]),
+    *itertools.product([flash_attention, gradient_checkpointing], ["mistral", "gpt2", "qwen3moe", "olmo2", "gemma3"]),
     (compiled_to_code, "gpt2"), (compiled_without_code, "mistral"), (compiled_without_code, "qwen3moe")])
 def test_model_what_changes_nothing(change, name, checkpoint, monkeypatch):
-    """Log-probabilities, the router's statistics and all gradients."""
+    """Log-probabilities and all gradients."""
     model = load(checkpoint(name))
     batch = pack(random_pairs(LENGTHS))
 
     def results():
-        logps, router = model(batch, torch.ones(len(batch.inputs)))
-        statistics = [] if router is None else [router.flatten() / len(logps)]
-        return with_gradients(model, torch.cat([logps, *statistics]))
+        return with_gradients(model, model(batch))
 
     expected = results()
     change(model, monkeypatch)
@@ -1455,7 +1447,7 @@ def test_model_compiles_once_for_all_layers_and_sizes(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_model_bf16_autocast_is_close(name, device, checkpoint, monkeypatch):
-    """Gradients and sums are fp32, the router's not rounded, all near the exact ones; on a GPU with flash."""
+    """Gradients and sums are fp32, all near the exact ones; on a GPU with flash."""
     flashes = []
 
     def spy(batch, flash):
@@ -1467,7 +1459,7 @@ def test_model_bf16_autocast_is_close(name, device, checkpoint, monkeypatch):
     batch = pack(random_pairs(LENGTHS)).to(device)
     exact = with_gradients(model, model(batch))
     with torch.autocast(device, dtype=torch.bfloat16):
-        rough, router = model(batch, torch.ones(len(exact["values"]), device=device))
+        rough = model(batch)
     rough = with_gradients(model, rough)
     assert flashes == [False, device == "cuda"]
     assert {tensor.dtype for tensor in rough.values()} == {torch.float32}
@@ -1475,10 +1467,6 @@ def test_model_bf16_autocast_is_close(name, device, checkpoint, monkeypatch):
     ours = torch.cat([rough[key].flatten() for key in rough])
     theirs = torch.cat([exact[key].flatten() for key in rough])
     assert F.cosine_similarity(ours, theirs, 0) > 0.95
-    if router is not None:  # two experts a token, probabilities that sum to one
-        visits = len(batch.inputs) * len(model.config.moe_layers)
-        expected = torch.tensor([2.0, 1.0]) * visits
-        close(router.sum(1).cpu(), expected, rtol=1e-5)
 
 
 def test_model_bf16_error_does_not_grow_with_depth():
@@ -1500,8 +1488,9 @@ def test_model_bf16_error_does_not_grow_with_depth():
     assert errors[1] < 1.6 * errors[0], errors
 
 
+@pytest.mark.parametrize("kept", [0, 50 * 200])
 @pytest.mark.parametrize("chunk", [1, 7 * 200, 2**23])  # one row of the logits at a time, 7 of 50, all
-def test_model_target_logps_equal_log_softmax_without_its_memory(chunk, monkeypatch):
+def test_model_target_logps_equal_log_softmax_without_its_memory(chunk, kept, monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     sizes = []
@@ -1513,6 +1502,7 @@ def test_model_target_logps_equal_log_softmax_without_its_memory(chunk, monkeypa
             return out
 
     monkeypatch.setattr(model_module, "CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(model_module, "KEPT", kept)
     inputs = [by_formula("w", shape).requires_grad_() for shape in [(50, 8), (200, 8), (200,)]]
     targets = torch.arange(50) * 17 % 200
     weights = torch.linspace(-1, 2, 50, dtype=torch.float64)
@@ -1523,6 +1513,8 @@ def test_model_target_logps_equal_log_softmax_without_its_memory(chunk, monkeypa
         gradients = torch.autograd.grad(ours @ weights, inputs)
     close([ours, *gradients], [expected, *wanted], atol=1e-10)
     assert max(sizes) <= max(chunk, 200 * 8)  # of 50 * 200
+    products = sum(size % 200 == 0 and size > 200 * 8 for size in sizes)
+    assert kept == 0 or chunk < 2**23 or products < 8  # the logits are computed once, not twice
 
 
 @pytest.mark.parametrize("scored", [True, False])
@@ -1538,10 +1530,7 @@ def test_model_steps_without_looking_at_a_tensor(model_type, more, scored, monke
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             setattr(batch, name, value.to("meta"))
-    logps, router = model(batch, train.router_weight(batch))
-    loss, _ = orpo_loss(logps, batch, 0.1, 100, len(LENGTHS))
-    if router is not None:
-        loss = loss + router.sum()
+    loss, _ = orpo_loss(model(batch), batch, 0.1, 100, len(LENGTHS))
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
@@ -1584,7 +1573,6 @@ def test_model_generation_waits_once_a_token(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------
 # Configs: spellings old and new, keys that do not belong
 
-STRAYS = dict(num_key_value_heads=3, intermediate_size=7)  # as in TRL's tiny models
 SAME_CONFIGS = [  # each on top of plain(family)
     ("llama", dict(head_dim=None, num_key_value_heads=None), dict(head_dim=8, num_key_value_heads=6)),
     ("mistral", {}, dict(sliding_window=4096)),
@@ -1593,10 +1581,14 @@ SAME_CONFIGS = [  # each on top of plain(family)
     ("qwen2", dict(WINDOW, max_window_layers=3), dict(sliding_window=None)),
     ("mixtral", dict(EXPERTS, rms_norm_eps=None), dict(EXPERTS, rope_theta=1e6, rms_norm_eps=1e-5)),
     ("qwen3_moe", dict(EXPERTS), dict(EXPERTS, num_experts=None, num_local_experts=5)),
-    ("gpt2", STRAYS, {}), ("opt", STRAYS, {}),
+    ("gemma", dict(hidden_act="gelu"), dict(hidden_activation="gelu_pytorch_tanh")),
+    ("gemma3_text", dict(rope_scaling={"rope_type": "linear", "factor": 8.0}), dict(
+        layer_types=[SLIDING] * 3, head_dim=256, query_pre_attn_scalar=256, rope_parameters={
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4}})),
 ]
 MEANINGS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "num_experts", "norm_eps", "rope", "rotated", "windows", "moe_layers")
+            "num_experts", "norm_eps", "hidden_act", "ropes", "rotated", "windows", "moe_layers")
 
 
 @pytest.mark.parametrize("family, one, other", SAME_CONFIGS)
@@ -1714,6 +1706,10 @@ BAD_MODELS = {  # name: ({file: its content; None: removed; a function: of its t
     "size of nought": (config(hidden_size=0), "config.json hidden_size"),
     "unknown activation": (config(hidden_act="swoosh"), "config.json swoosh"),
     "norm of each head": (config(model_type="stablelm", qk_layernorm=True), "config.json"),
+    "capped scores": (config(model_type="gemma2"), "config.json Gemma caps"),
+    "capped logits": (config(model_type="gemma3_text", final_logit_softcapping=30.0), "config.json softcapping"),
+    "looks ahead": (config(model_type="gemma3_text", use_bidirectional_attention=True), "config.json bidirect"),
+    "rotation every second": (config(model_type="smollm3", no_rope_layer_interval=2), "config.json interval"),
     "unknown rope": (config(model_type="phi3", rope_scaling={"type": "longrope"}), "config.json longrope"),
     "rope_theta of nought": (config(rope_theta=0), "config.json rope_theta"),
     "odd rotary part": (config(partial_rotary_factor=0.4), "config.json rotary"),
@@ -1731,7 +1727,6 @@ BAD_MODELS = {  # name: ({file: its content; None: removed; a function: of its t
     "unexpected tensor": ({WEIGHTS: lambda t: t | {"model.extra": torch.ones(1)}}, "unexpected model.extra"),
     "mis-shaped tensor": ({WEIGHTS: lambda t: t | {NORM: torch.ones(9)}}, f"{NORM} [9]"),
     "integer tensor": ({WEIGHTS: lambda t: t | {NORM: t[NORM].to(torch.int8)}}, f"{NORM} int8"),
-    "halves that differ": (config(**TIED), f"{HEAD} {EMBEDDING}"),
 }
 
 
@@ -1751,6 +1746,27 @@ def test_model_bad_directories(files, words, tmp_path):
     assert "\n" not in message
     assert str(tmp_path) in message
     assert [word for word in words.split() if word not in message] == []
+
+
+@torch.no_grad()
+def test_model_reads_the_text_model_of_a_gemma_that_reads_images(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    vision = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    text = dict(CHECKPOINTS["gemma3"], rms_norm_eps=0.02)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                                       image_token_index=52, boi_token_index=50, eoi_token_index=51)
+    reference = transformers.Gemma3ForConditionalGeneration(config).eval()
+    reference.save_pretrained(tmp_path / "both")
+    tokens = torch.arange(3, 33)[None]
+    expected = reference(tokens).logits
+    model = load(tmp_path / "both")
+    assert "without what reads images" in capsys.readouterr().err
+    close(model.logits(tokens), expected)
+    model.save_pretrained(tmp_path / "text")
+    again = load_in_transformers(tmp_path / "text")
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    close(again(tokens).logits, expected)
 
 
 def test_model_config_fuzz(tmp_path):
@@ -1780,7 +1796,7 @@ KILLS = int(os.environ.get("ORPO_KILLS", 2))  # runs that are killed; 20: the th
 SHAPE = dict(model_type="llama", vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
              num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
              tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
-MOE = SHAPE | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1)
+MOE = SHAPE | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
 POSITIONS_24 = dict(model_type="gpt2", vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=24)
 TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
 STEPS = 8  # of the run `whole`: 23 pairs to train on, 5 a step, so the fifth step of an epoch has 3
@@ -2174,12 +2190,12 @@ def test_train_evaluates_a_model_as_it_is(flags, model, tmp_path):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-BARE = Tokenizer(demo_tokenizer().backend, {"eos_token": "<|endoftext|>"})  # without a chat template
+BARE = tokenizer_of(demo_tokenizer().backend, eos_token="<|endoftext|>")  # without a chat template
 
 
 @pytest.mark.parametrize("row, template, asked", [
     (conversation(), "", "<|user|>\nq<|endoftext|>\n<|assistant|>\n"),  # the authors' turns
-    (PAIR | dict(prompt=None, instruction="q", input=""), "", data.ALPACA.format(instruction="q", input="")),
+    (PAIR | dict(prompt=None, instruction="q", input=""), "", data.ALPACA_TEMPLATE.split("%}")[2].split("{%")[0].replace("{{ m.content }}", "q")),
     (conversation(), "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}", "<q>")])
 def test_train_saves_the_template_it_asked_through(row, template, asked, tmp_path):
     """With a model that has none; BOS included, here and in transformers."""
@@ -2520,14 +2536,14 @@ def close_runs(one, other):
 @pytest.mark.parametrize("count, shape, given", [
     (3, SHAPE, dict(batch_size=7, max_tokens=150)),  # an uneven batch, and a short last one
     (2, SHAPE, dict(batch_size=1, prompt_loss=False)),  # fewer pairs than ranks
-    (2, MOE, dict(batch_size=7, max_tokens=90, output_router_logits=True)),
+    (2, MOE, dict(batch_size=7, max_tokens=90)),
     (2, SHAPE | dict(tie_word_embeddings=False),
      dict(shard=True, gradient_checkpointing=True, generate_during_eval=1)),
-    (2, MOE, dict(shard=True, output_router_logits=True)),
+    (2, MOE, dict(shard=True)),
     (2, SHAPE, dict(shard=True, batch_size=1, lora_r=2))])
 def test_train_on_ranks_is_as_one_process_and_resumes(flags, tmp_path, count, shape, given):
-    """Exactly on as many ranks, closely in one process; and max_tokens changes nothing. With three ranks,
-    since two numbers have the same sum in any order."""
+    """Exactly on two ranks, closely on three, whose sums depend on the order of DDP's buckets, and in one
+    process; and max_tokens changes nothing."""
     one, many, again, alone = [tmp_path / name for name in ("one", "many", "again", "alone")]
     model = make_model(tmp_path / "model", shape)
     common = flags | dict(model=model, max_steps=4) | given
@@ -2538,7 +2554,8 @@ def test_train_on_ranks_is_as_one_process_and_resumes(flags, tmp_path, count, sh
     close(load_file(many / WEIGHTS), load_file(one / WEIGHTS), atol=1e-4)
     cut_off(many, again, 4)
     run_ranks(again, count, resume=True)
-    assert same_run(many, again, 4)
+    assert count > 2 or same_run(many, again, 4)
+    close_runs(many, again)
     cut_off(many, alone, 4)
     run(alone, resume=True, max_tokens=70, shard=False)
     close_runs(one, alone)
@@ -2560,31 +2577,6 @@ def test_train_adapters_learn_resume_and_leave_both_models(flags, tmp_path):
     assert same_run(out, copied)
 
 
-def test_train_adds_the_balance_loss_of_a_mixture(flags, tmp_path):
-    """Of all positions of all packs, and coefficient times what is logged as aux_loss."""
-    directory = make_model(tmp_path / "model", MOE)
-    common = dict(model=directory, eval_data=flags["data"], max_steps=0, max_tokens=150)
-    run(tmp_path / "with", common, output_router_logits=True)
-    run(tmp_path / "without", common)
-    [line] = lines(tmp_path / "with")
-    [plain_line] = lines(tmp_path / "without")
-    model = load(directory)
-    pairs = tokenize_pairs(read_pairs(flags["data"]), demo_tokenizer())
-    batch = pack([pairs[i] for i in range(len(pairs))])
-    weight = train.router_weight(batch)
-    _, router = model(batch, weight)
-    sent, probability = router / (weight.sum() * MOE["num_hidden_layers"])
-    balance = MOE["num_local_experts"] * (sent * probability).sum().item()
-    assert line["eval_aux_loss"] == pytest.approx(balance, rel=1e-4)
-    added = line["eval_loss"] - plain_line["eval_loss"]
-    assert added == pytest.approx(MOE["router_aux_loss_coef"] * balance, rel=1e-3)
-
-
-def test_train_router_counts_a_prompt_as_often_as_two_sequences_hold_it():
-    batch = pack(random_pairs([(4, 3, 2)]))
-    assert train.router_weight(batch).tolist() == [2, 2, 2, 1, 1, 1, 1, 1]
-
-
 def test_train_bfloat16_is_refused_before_anything_is_read(monkeypatch, tmp_path):
     card = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None,
                 is_bf16_supported=lambda including_emulation=True: including_emulation)
@@ -2598,7 +2590,7 @@ def test_train_bfloat16_is_refused_before_anything_is_read(monkeypatch, tmp_path
 def test_train_names_a_max_tokens_that_works_and_gives_up_its_lock(flags, tmp_path):
     """Also while the error that ended the run is still held."""
     out = tmp_path / "out"
-    common = flags | dict(model=make_model(tmp_path / "model", MOE), output_router_logits=True, max_steps=5)
+    common = flags | dict(model=make_model(tmp_path / "model", MOE), max_steps=5)
     with pytest.raises(UserError, match="--max_tokens 30") as refused:
         run(out, common, max_tokens=30)
     needed = max(map(int, re.findall(r"\d+", str(refused.value))))
@@ -2858,12 +2850,12 @@ def test_sample_chat_keeps_its_history_and_survives_errors(model, tmp_path, monk
         return ([token] for token in demo_tokenizer().encode("answer"))
 
     monkeypatch.setattr(sample, "generate", generate)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nbad\ntwo\n/new\n/help\nthree\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\nbad\ntwo\n/new\nthree\n"))
     ask(copy, system="brief")
     assert asked == ["brief|one|", "brief|one|answer|bad|", "brief|one|answer|two|", "brief|three|"]
     errors = capsys.readouterr().err
     assert "too long" in errors
-    assert errors.count("Ctrl-C stops an answer") == 2
+    assert errors.count("Ctrl-C stops an answer") == 1
 
 
 def test_sample_survives_bytes_that_cannot_be_streamed(monkeypatch, capsys):
@@ -2873,7 +2865,7 @@ def test_sample_survives_bytes_that_cannot_be_streamed(monkeypatch, capsys):
     backend.decoder = tokenizers.decoders.ByteFallback()
     tokens = [[0xC3], [0xB8], [0x96], [0xC3], [0xFF], [256]]
     monkeypatch.setattr(sample, "generate", lambda *arguments, **choice: iter(tokens))
-    said = sample.answer(None, Tokenizer(backend, {}), [256], {})
+    said = sample.answer(None, tokenizer_of(backend), [256], {})
     assert said.endswith("hi")
     assert capsys.readouterr().out.endswith("hi\n")
 
@@ -2979,8 +2971,7 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "train: ids beyond the model": ({}, dict(model="few"), "100"),
     "train: another family": ({"model/config.json": '{"model_type": "t5"}', "b.jsonl": "{"},
                               dict(data="b.jsonl"), "t5.*llama"),  # said before data are read
-    "train: too few positions": ({}, dict(model="short"), "--max_length"),
-    "train: adapters of joined layers": ({}, dict(model="short", max_length=9, lora_r=2), "--lora_r.*c_attn"),
+    "train: too few positions": ({}, dict(model="short"), "44 tokens in a model of 24"),
     "train: a package is missing": ({}, dict(report_to="tensorboard"), "pip install tensorboard"),
     "train: an upload without network": ({}, dict(push_to_hub="me/mine", max_steps=1), "--push_to_hub"),
     "sample: broken JSON": ({"p.jsonl": '{"prompt": "x"}\n{"prompt": \n'}, {}, "p.jsonl.* line 2"),
@@ -3021,3 +3012,330 @@ def test_train_and_sample_bad_run(scene, tmp_path, monkeypatch, name):
             train.main(command(dict(model="model", data="pairs.jsonl") | flags))
     assert "\n" not in str(refused.value)
     assert listing(here).items() >= before.items()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows as people have them
+
+N, M = assistant("Noted."), user("My name is Bo.")
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {}}}
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+CALLING = turn("assistant", None, tool_calls=CALLS)
+TEXTS_OF_PAIR = dict(chosen="good", rejected="bad")
+TURNS_OF_PAIR = dict(chosen=[G], rejected=[B])
+MORE_FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as read_pairs gives it
+    "system beside text": (dict(system="s", prompt="q", **TEXTS_OF_PAIR), [S, Q], [G], [B]),
+    "system as turns": (dict(system=[S], prompt=[Q], **TURNS_OF_PAIR), [S, Q], [G], [B]),
+    "system that is there": (dict(system="s", prompt="q", chosen=[S, Q, G], rejected=[S, Q, B]),
+                             [S, Q], [G], [B]),
+    "history of pairs": (dict(system="s", instruction="q", history=[["My name is Bo.", "Noted."]],
+                              **TEXTS_OF_PAIR), [S, M, N, Q], [G], [B]),
+    "history of turns": (dict(question="q", history=[M, N], **TEXTS_OF_PAIR), [M, N, Q], [G], [B]),
+    "empty frame": (dict(prompt="q", system="", history=[], tools=None, **TEXTS_OF_PAIR), "q", "good", "bad"),
+    "input alone": (dict(input="q", **TEXTS_OF_PAIR), [Q], [G], [B]),
+    "query": (dict(query="q", **TEXTS_OF_PAIR), [Q], [G], [B]),
+    "messages": (dict(messages=[S, Q], chosen=G, rejected=B), [S, Q], [G], [B]),
+    "messages, text": (dict(messages=[S, Q], **TEXTS_OF_PAIR), [S, Q], [G], [B]),
+    "OpenAI": (dict(input={"messages": [S, Q], "tools": [], "parallel_tool_calls": True},
+                    preferred_output=[G], non_preferred_output=[B]), [S, Q], [G], [B]),
+    "distilabel": (dict(instruction="q", chosen_response="good", rejected_response="bad"), [Q], [G], [B]),
+    "human, gpt": (dict(prompt=[turn("human", "q")], chosen=[turn("gpt", "good")],
+                        rejected=[turn("GPT", "bad")]), [Q], [G], [B]),
+    "Human, Assistant": (dict(chosen=[turn("Human", "q"), turn("Assistant", "good")],
+                              rejected=[turn("Human", "q"), turn("Assistant", "bad")]), [Q], [G], [B]),
+    "calls and observations": (
+        dict(conversations=[{"from": "human", "value": "q"},
+                            {"from": "function_call", "value": json.dumps(CALLS[0]["function"])},
+                            {"from": "observation", "value": "20"}],
+             chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"}),
+        [Q, turn("assistant", "", tool_calls=CALLS), turn("tool", "20")], [G], [B]),
+    "a call is an answer": (dict(prompt=[Q], chosen=[CALLING], rejected=[B]), [Q], [CALLING], [B]),
+    "prompt repeated": (dict(prompt=[S, Q], chosen=[S, Q, G], rejected=[S, Q, B]), [S, Q], [G], [B]),
+    "prompt repeated in text": (dict(prompt="Who founded it?", chosen="Who founded it? Jo.",
+                                     rejected="Who founded it? No."), "Who founded it?", " Jo.", " No."),
+    "a greeting returned": (dict(prompt="Hi", chosen="Hi there", rejected="Hi!"), "Hi", "Hi there", "Hi!"),
+    "the question twice": (dict(prompt="s q", question="q", chosen=[S, Q, G], rejected=[S, Q, B]),
+                           [S, Q], [G], [B]),
+    "ultrafeedback's messages": (dict(prompt="q", messages=[Q, G], chosen=[Q, G], rejected=[Q, B]),
+                                 [Q], [G], [B]),
+}
+
+
+@pytest.mark.parametrize("form", MORE_FORMS)
+def test_data_rows_as_people_have_them_from_every_kind_of_file(form, tmp_path):
+    row, *parts = MORE_FORMS[form]
+    files = [put(tmp_path / "a.jsonl", [row, row]), put(tmp_path / "a.json", json.dumps([row, row]))]
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "a.parquet")
+    files.append(str(tmp_path / "a.parquet"))
+    for file in files:
+        assert read_pairs(file) == [dict(zip(PAIR, parts))] * 2
+
+
+@pytest.mark.parametrize("row, given, expected", [
+    (dict(prompt="q", **TEXTS_OF_PAIR), {}, ([Q], [G], [B])),
+    (dict(prompt="q", system="s", **TEXTS_OF_PAIR), {}, ([S, Q], [G], [B])),
+    (dict(task="q", **TEXTS_OF_PAIR), dict(prompt_column="task"), ([Q], [G], [B]))])
+def test_data_as_conversation_makes_turns_of_text(row, given, expected, tmp_path):
+    [read] = read_pairs(put(tmp_path / "a.jsonl", [row]), as_conversation=True, **given)
+    assert read == dict(zip(PAIR, expected))
+
+
+def test_data_prompt_column_none_means_none(tmp_path):
+    row = dict(prompt="s q", question="x", chosen=[S, Q, G], rejected=[S, Q, B])
+    file = put(tmp_path / "a.jsonl", [row])
+    assert read_pairs(file, prompt_column="none") == [dict(zip(PAIR, ([S, Q], [G], [B])))]
+    with pytest.raises(UserError, match="line 1: its question is not part of what prompt, .*none"):
+        read_pairs(file)
+
+
+BAD_ROWS = {  # what is wrong: a row, and what the line says
+    "text without prompt": (dict(id=1, chosen="abc", rejected="xyz"), "--prompt_column.*id, chosen, rejected"),
+    "user's answer": (dict(prompt=[Q], chosen=[G], rejected=[user("Yes.")]), "the role user"),
+    "an unknown role": (dict(prompt=[turn("critic", "x"), Q], **TURNS_OF_PAIR), "critic"),
+    "no role": (dict(prompt=[{"content": "x"}], **TURNS_OF_PAIR), "role"),
+    "no content": (dict(prompt=[{"role": "user"}], **TURNS_OF_PAIR), "content"),
+    "numbers": (dict(prompt=[Q], chosen=1, rejected=2), "int is neither text"),
+    "text and texts": (dict(prompt=["q"], **TURNS_OF_PAIR), "str is neither text"),
+    "two questions": (dict(prompt="p", input="more", **TEXTS_OF_PAIR), "its input is not part"),
+    "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt is not part"),
+    "a prompt with a system of its own": (dict(prompt=[turn("system", "!"), Q], chosen=[Q, G],
+                                               rejected=[Q, B]), "its prompt is not part"),
+    "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "weather("}], **TURNS_OF_PAIR), "JSON"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_ROWS)
+def test_data_rows_that_would_lose_something_are_refused_by_name(wrong, tmp_path):
+    row, expected = BAD_ROWS[wrong]
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: .*{expected}"):
+        read_pairs(put(tmp_path / "a.jsonl", [row]))
+
+
+def test_data_a_prompt_column_that_no_row_has_is_refused_with_those_it_has(tmp_path):
+    with pytest.raises(UserError, match="columns found: prompt, chosen, rejected"):
+        read_pairs(put(tmp_path / "a.jsonl", [PAIR]), prompt_column="typo")
+
+
+@pytest.mark.parametrize("files, expected", [
+    (["orca_rlhf.jsonl"], "orca_rlhf.jsonl"), (["test.jsonl"], None), (["validation.json"], None),
+    (["a.jsonl", "b.jsonl"], None), (["data/train.jsonl", "other.jsonl"], "data/train.jsonl")])
+def test_data_a_lone_file_of_a_hub_data_set_is_its_train_split(files, expected, tmp_path, monkeypatch):
+    """snapshot_download fetches what matches the patterns, as the hub's does."""
+    from fnmatch import fnmatch
+    for file in files:
+        put(tmp_path / "hub" / file, [PAIR | {"chosen": file}])
+
+    def fetch(name, revision=None, patterns=None, repo_type="model"):
+        for file in files:
+            if any(fnmatch(file, pattern) for pattern in patterns):
+                put(tmp_path / "here" / file, (tmp_path / "hub" / file).read_bytes())
+        return tmp_path / "here"
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    if expected:
+        assert [row["chosen"] for row in read_pairs("owner/set")] == [expected]
+    else:
+        with pytest.raises(UserError, match="no files of split 'train' among"):
+            read_pairs("owner/set")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Templates
+
+SHOWS = EACH + "<{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}{{ tools }}"
+HIDES = EACH + "{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("part, row", [
+    ("system", conversation() | {"prompt": [S, Q]}),
+    ("tool", conversation() | {"prompt": [Q, turn("assistant", "", tool_calls=None), turn("tool", "20")]}),
+    ("tool_calls", conversation() | {"prompt": [Q, turn("assistant", "", tool_calls=CALLS)]}),
+    ("tool_calls", conversation() | {"rejected": [turn("assistant", "", tool_calls=CALLS)]}),
+    ("tools", conversation() | {"tools": [TOOL]}), ("tools", conversation() | {"tools": json.dumps([TOOL])})])
+def test_data_what_a_template_leaves_out_is_refused_by_name(part, row, tmp_path):
+    rows = read_pairs(put(tmp_path / "a.jsonl", [row]))
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: the chat template leaves out {part}$"):
+        tokenize_pairs(rows, byte_tokenizer(template=HIDES))
+    tokenize_pairs(rows, byte_tokenizer(template=SHOWS))
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["qwen2_5.jinja", "qwen3.jinja", "llama3_1.jinja"])
+def test_data_tools_and_calls_are_rendered_as_transformers_renders_them(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    template = (REAL / "chat_templates" / name).read_text("utf-8")
+    prompt = [S, Q, CALLING, turn("tool", '{"t": 20}', tool_call_id="c1")]
+    file = put(tmp_path / "a.jsonl", [dict(tools=[TOOL], messages=prompt, chosen=G, rejected=B)])
+    [row] = read_pairs(file)
+    ours = byte_tokenizer(template=template)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=ours.backend, bos_token="<s>",
+                                                  eos_token=END, pad_token=END, chat_template=template)
+    expected = theirs.apply_chat_template(prompt, tools=[TOOL], tokenize=False, add_generation_prompt=True)
+    assert "weather" in expected and '"city": "Rome"' in expected
+    assert data.pair_texts(row, ours)[0] == expected
+
+
+def test_data_a_template_that_opens_otherwise_than_it_answers_is_followed_and_counted():
+    """As DeepSeek's, which asks with <think> and leaves it out of an answer."""
+    template = TURNS.replace("CLOSE", "").replace("[a]{% endif", "[a]<think>{% endif")
+    tok = byte_tokenizer(template=template)
+    pairs = tokenize_pairs([conversation(), PAIR], tok)
+    assert [tok.decode(part) for part in pairs[0]] == ["[u]q[a]<think>", "good" + END, "bad" + END]
+    assert sample.prompt_ids([Q], tok) == pairs[0][0].tolist()
+    assert "\n  1: the chat template writes an answer otherwise than it asks for one" in pairs.report
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Asked as trained
+
+LINES = ["What is 2+2? Four it is. Five it is.", "Name a tree. Oak is one. Dog is one.",
+         "Capital of Peru? Lima of course. Quito maybe.", "「木は？」 「かし」です。", "a) b) (c) [d] {e}"]
+CHAT = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+
+
+def byte_level(**settings):
+    """GPT-2's kind, trained on LINES, so that spaces and brackets merge with what follows."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(LINES * 9, vocab_size=420, min_frequency=2, show_progress=False,
+                             special_tokens=[END])
+    return tokenizer_of(tokenizers.Tokenizer.from_str(made.to_str()), eos_token=END, **settings)
+
+
+def sentencepiece(metaspace=False, **settings):
+    """Llama 2's kind: a marker stands for the space, also for one that is put before a text; what has no
+    piece is spelt in bytes."""
+    decoders, normalizers = tokenizers.decoders, tokenizers.normalizers
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if metaspace:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    spelt = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=420, show_progress=False,
+                                             special_tokens=["<unk>", "<s>", "</s>", *spelt])
+    backend.train_from_iterator(LINES * 9, trainer)
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return tokenizer_of(backend, bos_token="<s>", eos_token="</s>", add_bos_token=True, **settings)
+
+
+KINDS = {"byte level": byte_level, "Llama 2": sentencepiece,
+         "metaspace": functools.partial(sentencepiece, metaspace=True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_prompt_ids_are_those_that_a_generator_starts_from(kind):
+    """And with the responses' they say the text, wherever the prompt ends."""
+    pieces = ["Name a tree.", " Oak", "is", " ", "  ", "\n", "\n\n", "「", "」", "(", "é", "🙂", "2", ": "]
+    texts = ["".join(three) for three in itertools.product(pieces, repeat=3)]
+    chance, merged = random.Random(0), 0
+    for tok in KINDS[kind](), KINDS[kind](chat_template=CHAT):
+        for _ in range(300):
+            prompt, chosen, rejected = chance.sample(texts, 3)
+            row = dict(prompt=prompt, chosen=chosen, rejected=rejected)
+            if tok.chat_template:
+                row = conversation(chosen, rejected, prompt)
+            asked, *responses = encode_pair(row, tok)
+            whole = data.pair_texts(row, tok)
+            assert asked == sample.prompt_ids(row["prompt"], tok)
+            for text, response in zip(whole[1:], responses):
+                joint = data.prompt_ids(text.removesuffix(tok.specials["eos_token"] + "\n"), tok)
+                assert tok.decode(asked + response[:-1]) == tok.decode(joint)
+                if joint[: len(asked)] == asked:  # as TRL encodes it
+                    assert asked + response[:-1] == joint
+                else:
+                    merged += 1
+    assert merged > 20
+
+
+def test_data_merges_across_the_end_of_the_prompt_are_counted():
+    rows = [dict(prompt="Name a tree. ", chosen="Oak is one.", rejected="Dog is one."),
+            dict(prompt="Name a tree.", chosen=" Oak is one.", rejected=" Dog is one.")]
+    pairs = tokenize_pairs(rows, byte_level())
+    assert "\n  1: tokens would merge across the end of the prompt" in pairs.report
+    tok = byte_level()
+    assert [tok.decode(part) for part in pairs[0]] == ["Name a tree. ", "Oak is one." + END, "Dog is one." + END]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Overfit and ask
+
+THREE = [("What is 2+2?", "Four it is.", "Five it is."), ("Name a tree.", "Oak is one.", "Dog is one."),
+         ("Capital of Peru?", "Lima of course.", "Quito maybe.")]
+AS_PEOPLE_HAVE_THEM = {  # name: the row of a question and its answers, and flags
+    "text": (lambda q, c, r: dict(prompt=q + "\n", chosen=c, rejected=r), {}),
+    "text that ends in a space": (lambda q, c, r: dict(prompt=f"Q: {q} A: ", chosen=c, rejected=r), {}),
+    "text as conversation": (lambda q, c, r: dict(prompt=q, chosen=c, rejected=r),
+                             dict(as_conversation=True)),
+    "text that repeats": (lambda q, c, r: dict(prompt=q, chosen=f"{q} {c}", rejected=f"{q} {r}"), {}),
+    "instruction": (lambda q, c, r: dict(instruction="Answer.", input=q, chosen=c, rejected=r), {}),
+    "question": (lambda q, c, r: dict(question=q, chosen=c, rejected=r), {}),
+    "input alone": (lambda q, c, r: dict(input=q, chosen=c, rejected=r), {}),
+    "system": (lambda q, c, r: dict(system="Be brief.", prompt=q, chosen=c, rejected=r), {}),
+    "human and gpt": (lambda q, c, r: dict(chosen=[turn("Human", q), turn("gpt", c)],
+                                           rejected=[turn("Human", q), turn("gpt", r)]), {}),
+    "OpenAI": (lambda q, c, r: dict(input={"messages": [user(q)]}, preferred_output=[assistant(c)],
+                                    non_preferred_output=[assistant(r)]), {}),
+    "messages": (lambda q, c, r: dict(messages=[user("Hi"), assistant("Yes?"), user(q)],
+                                      chosen=assistant(c), rejected=assistant(r)), {}),
+}
+ASKED = [(form, kind, template) for form in AS_PEOPLE_HAVE_THEM
+         for kind, template in [("byte level", CHAT), ("byte level", None), ("Llama 2", None)]
+         if template or form != "system"]
+
+
+@pytest.mark.parametrize("form, kind, template", ASKED)
+def test_train_and_ask_by_the_command_that_the_run_ends_with(form, kind, template, tmp_path, capsys):
+    make_row, given = AS_PEOPLE_HAVE_THEM[form]
+    file = put(tmp_path / "rows.jsonl", [make_row(*three) for three in THREE])
+    tokenizer = KINDS[kind](chat_template=template)
+    shape = SHAPE | dict(vocab_size=tokenizer.backend.get_vocab_size(), hidden_size=48)
+    model = make_model(tmp_path / "model", shape, tokenizer, scale=1.0)
+    run(tmp_path / "out", given, model=model, data=file, max_steps=60, learning_rate=1e-2, batch_size=3,
+        prompt_loss=False, eval_pairs=0, save_steps=0, logging_steps=60, warmup_ratio=0, max_length=200)
+    next_command = re.search(r"Next:\n    python (sample.py .*)", capsys.readouterr().out)[1]
+    prompts = []
+    for row in read_pairs(file, **given):
+        prompt = row["prompt"]
+        if isinstance(prompt, list) and len(prompt) == 1:  # as one types it
+            prompt = prompt[0]["content"]
+        prompts.append({"prompt": prompt})
+    more = ["--prompts", put(tmp_path / "prompts.jsonl", prompts), "--output", str(tmp_path / "answers.jsonl")]
+    sample.main(shlex.split(next_command)[1:] + more + ["--max_new_tokens", "40"])
+    answers = [line["answer"].strip() for line in lines(tmp_path, "answers.jsonl")]
+    assert answers == [chosen for _, chosen, _ in THREE]
+
+
+@pytest.mark.parametrize("row, template, expected", [
+    (PAIR, CHAT, "20 rows of prompt, chosen, rejected as text; chat template: the model's, not for text "
+                 "(but see --as_conversation)\n  20 rows read"),
+    (PAIR, None, "20 rows of prompt, chosen, rejected as text; chat template: none\n"),
+    (dict(instruction="q", input="more", **TEXTS_OF_PAIR), CHAT,
+     "20 rows of instruction, input, chosen, rejected as conversations; chat template: the model's\n"),
+    (dict(instruction="q", **TEXTS_OF_PAIR), None, "chat template: Alpaca's text, saved with the model\n"),
+    (conversation(), None, "chat template: <|user|> and <|assistant|> turns, saved with the model\n"),
+    (dict(chosen=HI + " yes", rejected=HI + " no"), None,
+     "20 rows of chosen, rejected as text whose answers begin with the prompt;")])
+def test_train_says_in_a_line_what_was_read_as_what(row, template, expected, tmp_path, capsys):
+    file = put(tmp_path / "rows.jsonl", [row] * 20)
+    tokenizer = byte_level(chat_template=template)
+    shape = SHAPE | dict(vocab_size=tokenizer.backend.get_vocab_size())
+    run(tmp_path / "out", model=make_model(tmp_path / "model", shape, tokenizer), data=file, dry_run=True)
+    assert expected in capsys.readouterr().out
+
+
+def test_train_text_with_a_system_needs_a_template(tmp_path):
+    rows = read_pairs(put(tmp_path / "a.jsonl", [PAIR | {"system": "s"}]))
+    with pytest.raises(UserError, match=r"line 1: \['system'\] need a --chat_template"):
+        data.adopt_template(byte_level(), rows)
+
+
+def test_train_an_adapter_is_named_as_such(tmp_path):
+    put(tmp_path / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "someone/base"})
+    with pytest.raises(UserError, match="a LoRA adapter of someone/base"):
+        run(tmp_path / "out", model=tmp_path, data=put(tmp_path / "a.jsonl", [PAIR]), dry_run=True)

@@ -13,9 +13,7 @@ The trajectory does not depend on the hardware: a step is the next `batch_size` 
 however many packs, micro-steps and ranks compute it, and its losses are sums divided once by the counts of
 the whole step.
 """
-import argparse
 import fcntl
-import inspect
 import json
 import math
 import os
@@ -27,10 +25,10 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 # Before importing torch: threads that spin while waiting slow down shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -43,10 +41,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from data import PARTS, PREFIX, UserError, read_json, where, write_json
+from data import PREFIX, UserError, read_json, where, write_json
 from model import Config, Transformer, assign, find_tensors, read_tensor, whole, write_tensors
 from orpo import orpo_loss
-from sample import continuations
+from sample import check_fits, check_numbers, continuations, make_parser, stop_ids
 
 # -----------------------------------------------------------------------------------------------------------
 # Flags. Names are TRL's and transformers' where they have one.
@@ -61,6 +59,7 @@ class Flags:
     eval_data: list = ()  # pairs to evaluate on, in the same forms
     eval_pairs: int = None  # held out of --data (default: a tenth, at most 200; none with --eval_data)
     prompt_column: str = ""  # column of the prompt, if not one of the usual; none: the answers share it
+    as_conversation: bool = False  # rows of text become a user's turn and an answer
     chat_template: str = ""  # file with a jinja template, in place of the model's own
     max_length: int = 1024  # tokens of the longest prompt + response
     max_prompt_length: int = None  # its tokens kept if prompt + response exceed --max_length (default: half)
@@ -69,7 +68,6 @@ class Flags:
     # the method
     beta: float = 0.1  # weight of L_OR: lambda in the paper, alpha in the authors' code; 0: plain SFT
     prompt_loss: bool = True  # L_SFT over prompt + chosen (authors' code, TRL); --no-: over chosen (paper)
-    output_router_logits: bool = None  # mixtures of experts: add the balancing loss (default: config.json's)
     lora_r: int = 0  # rank of LoRA adapters, trained in place of the frozen model; 0: train the model
     lora_alpha: float = 16.0  # the adapters' updates are scaled by lora_alpha / lora_r
 
@@ -94,7 +92,6 @@ class Flags:
     gradient_checkpointing: bool = False  # recompute blocks in the backward: a quarter more time, less memory
     compile: bool = False  # torch.compile the blocks: faster on GPUs after a minute's start
     shard: bool = False  # spread weights, gradients and moments over the ranks (FSDP2) instead of DDP
-    ddp_timeout: int = 7200  # seconds that ranks wait for each other, such as for the first one's tokenizing
 
     # the run
     output_dir: str = "out"  # metrics.jsonl, checkpoints and the final model go here
@@ -116,18 +113,17 @@ class Flags:
 
 # About this start of the program, not about the run: not recorded in train_config.json
 NOT_RECORDED = ("output_dir", "overwrite_output_dir", "resume", "config", "dry_run", "debug")
-POSITIVE = ("batch_size", "max_length", "max_prompt_length", "max_tokens", "logging_steps", "ddp_timeout",
-            "learning_rate", "adam_epsilon", "num_train_epochs")
+POSITIVE = ("batch_size", "max_length", "max_prompt_length", "max_tokens", "logging_steps", "learning_rate",
+            "adam_epsilon", "num_train_epochs")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "warmup_ratio")
 # The demo's own defaults: a tiny model needs a larger rate, and shows more at a larger beta.
 DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, max_steps=500, max_length=64, logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2,
-                  num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+                  num_attention_heads=4, max_position_embeddings=256,
                   tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
 MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors*"]
-BAD_STEPS = 5  # this many steps in a row without a finite loss and gradient end the run
 # Peak dense bf16 operations per second, from the vendors' data sheets (H100: the SXM card)
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 # Which process this is among those that torchrun started
 RANK = int(os.environ.get("RANK", 0))
@@ -158,7 +154,9 @@ def train(flags, checkpoint, device, report):
     pairs, eval_sets = load_pairs(flags, tokenizer)
     all_sets = [pairs, *eval_sets.values()]
     check_fit(flags, model, all_sets, device)
-    total = total_steps(flags, len(pairs))
+    total = flags.max_steps
+    if total is None:
+        total = math.ceil(flags.num_train_epochs * math.ceil(len(pairs) / flags.batch_size))
     if flags.dry_run:
         print0(data.describe(pairs, tokenizer, flags.prompt_loss))
         print0(f"{total} steps of {flags.batch_size} pairs")
@@ -184,7 +182,9 @@ def train(flags, checkpoint, device, report):
     seen = []  # indices of the pairs of this run's steps since then
     clock = time.perf_counter()  # start of these steps, moved on by every pause
 
-    for step in progress_bar(start, total):
+    hidden = None if RANK == 0 else True  # None: shown on a terminal
+    steps = range(start, total + 1)  # a step's number is how many are done
+    for step in tqdm(steps, "training", total, initial=start, unit=" steps", disable=hidden):
         # Before each step and after the last one: an evaluation and a checkpoint, where they are due.
         pause = time.perf_counter()
         stop = received_signal(stop_signals)  # a signal's number, on any rank, or 0
@@ -206,12 +206,11 @@ def train(flags, checkpoint, device, report):
         # Forward and backward, over this rank's packs of the step's pairs.
         indices, epoch = data.step_indices(len(pairs), flags.batch_size, flags.seed, step)
         batches, divisors = make_batches(flags, pairs, indices, device)
-        balance = balance_factors(flags, model, batches)  # None, if not for a mixture of experts
         metrics = {}
         for batch in batches:
             if ddp:  # it averages the gradients once a step, in the backward pass of the last pack
                 network.require_backward_grad_sync = batch is batches[-1]
-            loss, pack_metrics = pack_loss(flags, network, batch, divisors, balance)
+            loss, pack_metrics = pack_loss(flags, network, batch, divisors)
             (loss * WORLD_SIZE).backward()  # DDP and FSDP average over the ranks; these losses add up
             metrics = add(metrics, pack_metrics)
         metrics = sum_over_ranks(metrics)
@@ -262,7 +261,7 @@ def due(step, every, total):
 def parse_flags(arguments):
     """Command line -> Flags, and the checkpoint to continue from, or None. A flag has the value of the last
     of these that gives one: the demo's defaults, the checkpoint's record, --config, the command line."""
-    parser = make_parser()
+    parser = make_parser(Flags, "train.py", __doc__)
     given = vars(parser.parse_args(arguments))
     if "config" in given:
         given = from_file(parser, given["config"]) | given
@@ -287,29 +286,6 @@ def parse_flags(arguments):
     return flags, checkpoint
 
 
-def make_parser():
-    """A field of Flags is a flag, its comment the help, a Literal its choices. What is not given is not in
-    the result."""
-    parser = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description=__doc__,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Flags), re.M))
-    for field in fields(Flags):
-        options = {"help": comments[field.name]}
-        if field.default not in (None, "", ()):
-            options["help"] += f" (default: {field.default})"
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif field.type is list:
-            options.update(action="extend", nargs="+")
-        elif get_args(field.type):
-            options["choices"] = get_args(field.type)
-        else:
-            options["type"] = field.type
-        parser.add_argument(f"--{field.name}", **options)
-    return parser
-
-
 def from_file(parser, path):
     """The flags of a JSON file, read as the words of a command line, so that they are checked like typed
     ones."""
@@ -326,11 +302,10 @@ def from_file(parser, path):
 
 def check_flags(flags, demo, error):
     """Call error(line) for a value that cannot be right."""
-    for name, value in vars(flags).items():
-        if isinstance(value, int | float) and not 0 <= value < (1 if name in BELOW_ONE else math.inf):
-            error(f"--{name} {value} is out of range")
-        if value == 0 and name in POSITIVE:
-            error(f"--{name} must be positive")
+    check_numbers(flags, POSITIVE, error)
+    for name in BELOW_ONE:
+        if getattr(flags, name) >= 1:
+            error(f"--{name} must be below 1")
     only_evaluate = flags.max_steps == 0 and flags.eval_data
     if not demo and not (flags.model and (flags.data or only_evaluate)):
         error(f"--{'data' if flags.model else 'model'} is missing: give both, or neither for the demo")
@@ -375,7 +350,8 @@ def init_device(flags):
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         with where("torchrun's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"):
-            dist.init_process_group(backend, timeout=timedelta(seconds=flags.ddp_timeout))
+            # the first rank may tokenize for long
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if flags.dtype is None:
         flags.dtype = "bfloat16" if has_bf16 else "float32"
@@ -498,32 +474,18 @@ def tokenize(flags, tokenizer, sources):
     show_progress = sys.stderr.isatty()
     if sources:
         files = data.find_files(sources)
-        rows = data.read_pairs(files, prompt_column=flags.prompt_column, progress=show_progress)
+        rows = data.read_pairs(files, prompt_column=flags.prompt_column,
+                               as_conversation=flags.as_conversation)
         name = ", ".join(os.path.join(*Path(file).parts[-2:]) for file in files)
     else:
         rows = data.demo_pairs(6000)
         name = "the demo"
-    use_template(flags, tokenizer, rows)
+    reading = data.adopt_template(tokenizer, rows, flags.chat_template)
     lengths = dict(max_length=flags.max_length, max_prompt_length=flags.max_prompt_length,
                    truncation_mode=flags.truncation_mode)
     pairs = data.tokenize_pairs(rows, tokenizer, **lengths, progress=show_progress)
-    print0(f"{name}: {rows[0].form}\n  {pairs.report}")
+    print0(f"{name}: {reading}\n  {pairs.report}")
     return pairs
-
-
-def use_template(flags, tokenizer, rows):
-    """--chat_template, the model's own, or one that asks as these rows do; it is saved with the model."""
-    if flags.chat_template:
-        with where(f"--chat_template {flags.chat_template}"):
-            tokenizer.chat_template = Path(flags.chat_template).read_text(encoding="utf-8")
-        tokenizer.has_template = True
-    elif not tokenizer.has_template and isinstance(rows[0]["chosen"], list):
-        tokenizer.has_template = True
-        print0("no chat template: <|user|> and <|assistant|> turns closed by EOS, saved with the model")
-    elif not tokenizer.has_template and rows[0].form == "strings with the prompt in instruction":
-        tokenizer.chat_template = "{{ bos_token }}" * tokenizer.adds_bos + data.ALPACA_TEMPLATE
-        tokenizer.has_template = True
-        print0("no chat template: Alpaca's text, saved with the model")
 
 
 def check_fit(flags, model, parts, device):
@@ -532,24 +494,16 @@ def check_fit(flags, model, parts, device):
     longest = int((spans[:, 0] + spans[:, 1:].max(1)).max()) + 1  # prompt + response
     largest_tree = int(spans.sum(1).max())
     largest_id = max(int(pairs.tokens.max()) for pairs in parts)
-    if largest_id >= model.config.vocab_size:
-        raise UserError(f"token id {largest_id} in a vocabulary of {model.config.vocab_size}: this tokenizer "
-                        "is not the model's")
-    if model.max_positions and longest > model.max_positions:
-        raise UserError(f"{longest} tokens in a model of {model.max_positions} positions; lower --max_length")
+    check_fits(model, largest_id, longest)
     if flags.max_tokens is None:
         flags.max_tokens = max(largest_tree, 2048 if device.type == "cpu" else 8192)
     if flags.max_tokens < largest_tree:
         raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair takes {largest_tree}")
+    if model.hf_config.get("output_router_logits"):
+        print0("note: the balance loss of its router, for which config.json asks, is not computed")
     if longest > model.config.max_position_embeddings:
         print0(f"note: sequences of {longest} tokens; the model was made for "
                f"{model.config.max_position_embeddings}; --max_length cuts them")
-
-
-def total_steps(flags, pairs):
-    if flags.max_steps is not None:
-        return flags.max_steps
-    return math.ceil(flags.num_train_epochs * math.ceil(pairs / flags.batch_size))
 
 
 def load_weights(model, flags, device):
@@ -583,8 +537,6 @@ def settle_defaults(flags, model, size, total):
         flags.eval_steps = max(1, total // 10)
     if flags.save_dtype is None:
         flags.save_dtype = str(model.file_dtype).removeprefix("torch.")
-    if flags.output_router_logits is None:
-        flags.output_router_logits = model.config.output_router_logits
 
 
 def trained(model):
@@ -685,12 +637,6 @@ def catch_signals():
 # Parts of a step.
 
 
-def progress_bar(start, total):
-    """start, start + 1, ..., total; shown on the first rank's terminal."""
-    steps = range(start, total + 1)
-    return tqdm(steps, "training", total, initial=start, unit=" steps", disable=None if RANK == 0 else True)
-
-
 def received_signal(stop_signals):
     """The number of a signal that came to any of the ranks, or 0."""
     return int(all_reduce(torch.tensor(max(stop_signals, default=0)), dist.ReduceOp.MAX))
@@ -700,10 +646,9 @@ def received_signal(stop_signals):
 def evaluate(flags, model, pairs, device):
     """The metrics of some pairs, as if they were one step: {eval_loss: ...}."""
     batches, divisors = make_batches(flags, pairs, np.arange(len(pairs)), device)
-    balance = balance_factors(flags, model, batches)
     metrics = {}
     for batch in batches:
-        _, pack_metrics = pack_loss(flags, model, batch, divisors, balance)
+        _, pack_metrics = pack_loss(flags, model, batch, divisors)
         metrics = add(metrics, pack_metrics)
     return {f"eval_{name}": value.item() for name, value in sum_over_ranks(metrics).items()}
 
@@ -748,7 +693,7 @@ def show_answers(flags, model, tokenizer, pairs, step):
 
 def last_words(tokenizer, prompt):
     """What the user said last in a prompt, without what the chat template writes around it."""
-    if not tokenizer.has_template:
+    if not tokenizer.chat_template:
         return prompt
     turn = [{"role": "user", "content": "WORDS"}]
     before, _, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True).rpartition("WORDS")
@@ -763,7 +708,7 @@ def answers_to(flags, model, tokenizer, pairs, count, max_new_tokens):
         return []
     # not compiled: it would be a graph for each length
     with torch.compiler.set_stance("force_eager"), autocast(flags, model.lm_head.weight.device):
-        return list(zip(prompts, continuations(model, prompts, max_new_tokens, tokenizer.stop_ids())))
+        return list(zip(prompts, continuations(model, prompts, max_new_tokens, stop_ids(tokenizer))))
 
 
 def autocast(flags, device):
@@ -838,44 +783,12 @@ def make_batches(flags, pairs, indices, device):
     return [batch.to(device) for batch in batches], (tokens, len(indices))
 
 
-def balance_factors(flags, model, batches):
-    """The load-balancing loss of a mixture of experts is E sum_e f_e P_e. f, the fractions of the step's
-    tokens that are sent to each expert, have to be known before any gradient: that takes a forward pass of
-    its own. -> its coefficient and (E,) the factors of the sums of probabilities; None without that loss."""
-    if not (flags.output_router_logits and model.config.moe_layers):
-        return None
-    config = model.config
-    device = batches[0].inputs.device
-    sent = torch.zeros(config.num_experts, device=device)
-    with torch.no_grad(), autocast(flags, device):
-        for batch in batches:
-            _, router = model(batch, router_weight(batch))
-            sent += router[0]
-    tokens = all_reduce(sent).sum() / config.num_experts_per_tok
-    # f = sent / tokens, P = given / tokens
-    return config.router_aux_loss_coef, config.num_experts * sent / tokens**2
-
-
-def router_weight(batch):
-    """How often each position counts in the router's statistics: prompts twice, as in two plain sequences."""
-    return torch.where(batch.owner % PARTS == PREFIX, 2.0, 1.0) * batch.share
-
-
-def pack_loss(flags, network, batch, divisors, balance):
+def pack_loss(flags, network, batch, divisors):
     """What one pack adds to the loss of its step, and {name: what it adds to a metric}.  divisors: the step's
-    scored tokens and pairs.  balance: of balance_factors."""
-    router = None
+    scored tokens and pairs."""
     with autocast(flags, batch.inputs.device):
-        if balance is None:
-            logps = network(batch)
-        else:
-            logps, router = network(batch, router_weight(batch))
+        logps = network(batch)
     loss, metrics = orpo_loss(logps, batch, flags.beta, *divisors)
-    if router is not None:
-        coefficient, factors = balance
-        aux_loss = factors @ router[1]
-        loss = loss + coefficient * aux_loss
-        metrics |= {"loss": loss.detach(), "aux_loss": aux_loss.detach()}
     metrics = {name: value.double() * batch.share for name, value in metrics.items()}  # sums of many packs
     return loss * batch.share, metrics
 
@@ -924,7 +837,7 @@ def finite_steps(recent, bad_in_a_row, total):
             bad_in_a_row = 0
         else:
             bad_in_a_row += 1
-        if bad_in_a_row >= min(BAD_STEPS, total):
+        if bad_in_a_row >= min(5, total):
             raise UserError(f"{bad_in_a_row} steps in a row without a finite loss and gradient; try a lower "
                             "--learning_rate")
     return finite, bad_in_a_row
@@ -1004,6 +917,7 @@ def summarise(flags, model, tokenizer, eval_sets, seconds):
             print0(f"{'right greedy answers':24}{right / len(pairs):22.3f}")
     print0(f"\n{timedelta(seconds=round(seconds))} in all; the model and metrics.jsonl are in "
            f"{flags.output_dir}. Next:\n    python sample.py --model {flags.output_dir}"
+           + " --raw" * bool(tokenizer.raw and tokenizer.chat_template)
            + ' --prompt "Name a number above 57."' * demo)
 
 
@@ -1020,7 +934,7 @@ def explain(error):
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"--compile needs a C++ compiler, on a GPU Triton ({type(error).__name__}); leave it out"
     if isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I):
-        return "another rank has ended (see what it says), or is late beyond --ddp_timeout"
+        return "another rank has ended (see what it says), or is late by two hours"
     return None
 
 
