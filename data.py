@@ -197,16 +197,15 @@ def pair_texts(row, tokenizer):
     for name in ("chosen", "rejected"):
         whole = prompt + row[name]
         if isinstance(whole, list):
-            turns = whole
-            whole = tokenizer.apply_chat_template(turns, **options)
-            check_template(whole, turns, options, tokenizer)
+            whole = conversation_text(whole, options, tokenizer)
         texts.append(re.sub(rf"{eos}(\s|{eos})*$", "", whole))  # the template or the data may have written it
     return texts
 
 
-def check_template(text, turns, options, tokenizer):
-    """Raise UserError if the text of a conversation would be the same without its tools, its tool calls, or
-    what one of its roles says."""
+def conversation_text(turns, options, tokenizer):
+    """A conversation through the chat template. Raises UserError if its text would be the same without the
+    tools, the tool calls, or what one of the roles says."""
+    text = tokenizer.apply_chat_template(turns, **options)
     parts = {turn["role"] for turn in turns} - {"user", "assistant"}
     parts |= {"tools", "tool_calls"} & {key for names in (options, *turns) for key in names if names[key]}
     for part in parts:
@@ -219,6 +218,7 @@ def check_template(text, turns, options, tokenizer):
             same = tokenizer.apply_chat_template(others, **{**options, part: None}) == text
         if same:
             raise UserError(f"the chat template leaves out {part}")
+    return text
 
 
 def prompt_ids(text, tokenizer):
@@ -413,9 +413,9 @@ DEFAULT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ 
 class Tokenizer:
     """A Hugging Face tokenizer's files: text <-> ids, special tokens, chat template.
 
-    eos_id, bos_id: ids or None.  adds_bos: whether the tokenizer itself begins a text with BOS.  clock: the
-    time that templates see.  chat_template: the model's own, or DEFAULT_TEMPLATE with has_template False.
-    files: {name: bytes}, those of a model's directory.
+    files: {name: bytes}, those of a model's directory.  eos_id, bos_id: ids or None.  adds_bos: whether the
+    tokenizer itself begins a text with BOS.  clock: the time that templates see.  chat_template: text or
+    None, for which DEFAULT_TEMPLATE stands in.  raw: whether the first rows of adopt_template were text.
     """
 
     raw = None
@@ -453,7 +453,7 @@ class Tokenizer:
             return cls(files)
 
     def save_pretrained(self, directory):
-        """Write the tokenizer's files: those it came from, unchanged, or (for one made here) new ones."""
+        """Write the tokenizer's files, unchanged, and a chat template that is not the model's own."""
         os.makedirs(directory, exist_ok=True)
         for name in TOKENIZER_FILES:
             if name in self.files:
@@ -567,7 +567,7 @@ def compiled_template(template, clock):
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 # The columns of a pair, by the names that people use. Of each kind the first one that a row fills counts.
 QUESTION = (
-    "prompt",  # text is trained as it stands; in the other columns it is what a user says
+    "prompt",  # text here, or where --prompt_column says, is trained as it stands; elsewhere a user says it
     "question",
     "query",
     "instruction",  # Alpaca's; `input` is part of it
@@ -616,8 +616,8 @@ def read_pairs(sources, *, prompt_column="", as_conversation=False):
     """All rows of the given files or hub data sets, in order, the prompt always explicit.
 
     sources: a path or id, or a list of them; `id:split` picks a split other than train.  prompt_column:
-    where the prompt stands, if not in one of the columns people use; "none": nowhere.  as_conversation: rows
-    of text become turns. Returns a list of {"prompt", "chosen", "rejected"}, each a string or a list of
+    where the prompt stands, before all columns of QUESTION; "none": nowhere.  as_conversation: rows of text
+    become turns. Returns a list of {"prompt", "chosen", "rejected"}, each a string or a list of
     {"role", "content"} messages. Raises UserError with file and line where a row cannot be used.
     """
     rows = []
@@ -745,7 +745,7 @@ def explicit_row(raw, prompt_column, as_conversation):
         raw = {**raw, **raw["input"], "input": None}
     names = () if prompt_column == "none" else (prompt_column, *QUESTION)
     column = next((name for name in names if raw.get(name)), "prompt" if names else None)
-    answers = next((both for both in ANSWERS if both[0] in raw), ANSWERS[0])
+    answers = max(ANSWERS, key=lambda both: both[0] in raw)  # the first ones that the row has
     question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
     if None in (chosen, rejected) or prompt_column not in ("", "none", *raw):
         raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings or "
@@ -756,8 +756,14 @@ def explicit_row(raw, prompt_column, as_conversation):
     is_text = all(isinstance(part or "", str) for part in (question, chosen, rejected))
     if is_text:
         question, chosen, rejected = split_text(question, chosen, rejected)
+    # That answers begin with the same words proves nothing where another column may hold the prompt.
+    roles = [turn["role"] for turn in as_turns(chosen, "assistant")]
+    sure = "user" in roles or is_text and "\n\nAssistant:" in question
+    if not sure and names and raw.get(column) is None and sum(map(bool, raw.values())) > 2:
+        raise UserError("the prompt is in no known column; --prompt_column names another, or none; "
+                        f"columns found: {', '.join(raw)}")
     repeated = chosen != raw[answers[0]]
-    stands = is_text and not as_conversation and column not in QUESTION[1:]
+    stands = is_text and not as_conversation and column in ("prompt", prompt_column, None)
     row = Row()
     row.framed = stands and frame
     if frame or not stands:
@@ -766,20 +772,15 @@ def explicit_row(raw, prompt_column, as_conversation):
         if isinstance(tools, str):
             tools = json.loads(tools)
         row.template_options = {"tools": tools, **(raw.get("chat_template_kwargs") or {})}
-    if not question and names and raw.get(column) is None:
-        raise UserError("chosen and rejected share no prompt; --prompt_column names its column, or none; "
-                        f"columns found: {', '.join(raw)}")
     said = "".join("".join(map(plain_text, (question, chosen, rejected))).split())
     for name in names:
         for turn in as_turns(raw.get(name), "user"):
             if "".join(plain_text([turn]).split()) not in said:
-                raise UserError(f"its {name} is not part of what {column}, {' and '.join(answers)} say; "
-                                "--prompt_column names the column that counts, or none")
+                raise UserError(f"its {name} says what {column} does not; --prompt_column names one, or none")
     row.update(prompt=question, chosen=chosen, rejected=rejected)
     filled = ", ".join(dict.fromkeys(name for name in (*names, *answers, *frame) if raw.get(name)))
-    row.form = f"{filled} as {'conversations' if isinstance(question, list) else 'text'}"
-    if repeated:
-        row.form += " whose answers begin with the prompt"
+    kind = "text" if isinstance(question, str) else "conversations"
+    row.form = f"{filled} as {kind}{', answers begin with the prompt' * repeated}"
     return row
 
 
@@ -789,7 +790,7 @@ def as_turns(value, role):
     if isinstance(value, str):
         value = {"role": role, "content": value}
     messages = []
-    for turn in value if isinstance(value, list) else [value] * bool(value):
+    for turn in [value] if isinstance(value, dict) else value or []:
         if isinstance(turn, list):
             for text, speaker in zip(turn, ("user", "assistant")):
                 messages += as_turns(text, speaker)

@@ -644,7 +644,6 @@ class Transformer(nn.Module):
 
 GPT = dict(norm="layer", norm_eps=1e-5, gated=False, hidden_act="gelu_new", attention_bias=True)
 QWEN = dict(sliding_window=4096, use_sliding_window=False)
-EXPERTS = dict(decoder_sparse_step=1, mlp_only_layers=[])
 GEMMA = dict(norm_offset=1.0, scaled_embeddings=True, hidden_act="gelu_pytorch_tanh", head_dim=256,
              tie_word_embeddings=True)
 FAMILIES = {  # what a family's config.json leaves unsaid, where it is not Llama's case (Config's defaults)
@@ -663,8 +662,8 @@ FAMILIES = {  # what a family's config.json leaves unsaid, where it is not Llama
     "stablelm": dict(norm="layer", norm_eps=1e-5, partial_rotary_factor=0.25),
     "gpt2": dict(GPT, learned_positions=True, tie_word_embeddings=True),
     "opt": dict(GPT, learned_positions=True, position_offset=2, hidden_act="relu", tie_word_embeddings=True),
-    "mixtral": dict(EXPERTS, sliding_window=None, norm_eps=1e-5, rope_theta=1e6, norm_topk_prob=True),
-    "qwen3_moe": dict(QWEN, **EXPERTS, qk_norm=True, moe_intermediate_size=768),
+    "mixtral": dict(sliding_window=None, norm_eps=1e-5, rope_theta=1e6, norm_topk_prob=True),
+    "qwen3_moe": dict(QWEN, qk_norm=True, moe_intermediate_size=768),
 }
 CONFIG_KEYS = {  # config.json's older and other names -> the one used here
     "n_embd": "hidden_size",
@@ -693,6 +692,8 @@ SUPPORTED = {  # entries that have to have this value
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "no_rope_layer_interval": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
     "use_bidirectional_attention": False,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -804,7 +805,7 @@ class Config:
             c.windows = windows_of(c)
             c.ropes = {} if c.learned_positions else {window: rope_of(c, window) for window in c.windows}
             c.rotated = getattr(c, "no_rope_layers", [not c.learned_positions] * c.num_hidden_layers)
-            c.moe_layers = moe_layers_of(c)
+            c.moe_layers = list(range(c.num_hidden_layers)) if c.num_experts else []
         return c
 
 
@@ -865,13 +866,6 @@ def windows_of(c):
     pattern = getattr(c, "sliding_window_pattern", c.num_hidden_layers + 1)
     layers = range(c.num_hidden_layers)
     return [window if layer >= first and (layer + 1) % pattern else None for layer in layers]
-
-
-def moe_layers_of(c):
-    if c.num_experts == 0:
-        return []
-    sparse = range(c.decoder_sparse_step - 1, c.num_hidden_layers, c.decoder_sparse_step)
-    return [layer for layer in sparse if layer not in c.mlp_only_layers]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -1013,8 +1013,8 @@ CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes 
     "gpt2-untied": plain("gpt2", **APART, n_inner=44, activation_function="gelu"),
     "mixtral": plain("mixtral", intermediate_size=32, num_local_experts=5, num_experts_per_tok=2, sliding_window=7),
     "mixtral-all": plain("mixtral", **TIED, intermediate_size=24, num_local_experts=3, num_experts_per_tok=3),
-    "qwen3moe": plain("qwen3_moe", **EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0]),
-    "qwen3moe-sparse": plain("qwen3_moe", **EXPERTS, decoder_sparse_step=2, attention_bias=True),
+    "qwen3moe": plain("qwen3_moe", **EXPERTS, head_dim=16, norm_topk_prob=True),
+    "qwen3moe-biases": plain("qwen3_moe", **EXPERTS, attention_bias=True),
 }
 # empty prefix, one-token responses, long ones, many: longer than any window
 LENGTHS = [(1, 1, 1), (1, 5, 9), (13, 1, 7), (9, 12, 1), (17, 11, 14), (2, 3, 20), (1, 19, 1), (16, 9, 13)]
@@ -1171,7 +1171,7 @@ GOLDEN = {  # transformers 5.23: four logits; log-probabilities of the chosen an
     "opt": [-0.29413, 0.83844, 0.47223, 0.50490, -35.40018, -38.44374],
     "gpt2": [-1.04127, 1.31219, 0.87534, 2.75560, -32.06234, -32.90264],
     "mixtral": [0.11377, 0.02749, 0.25212, 0.30841, -31.25917, -40.36221],
-    "qwen3moe": [0.25885, -0.10698, -2.41122, 0.05449, -28.71399, -32.30297],
+    "qwen3moe": [-0.37839, 0.1002, -0.87022, -1.13987, -30.33102, -34.02042],
     "olmo2": [-2.03331, -1.64860, 0.12706, 0.78231, -31.94813, -34.83180],
     "gemma": [-2.53339, 3.03910, 2.86554, 0.77596, -51.85965, -48.34861],
     "gemma3": [-3.07618, 0.93214, 3.53391, 0.28179, -51.25784, -45.72124],
@@ -3081,26 +3081,36 @@ def test_data_as_conversation_makes_turns_of_text(row, given, expected, tmp_path
     assert read == dict(zip(PAIR, expected))
 
 
+@pytest.mark.parametrize("column", ["input", "question", "task"])
+def test_data_text_in_the_column_that_is_named_stays_as_it_stands(column, tmp_path):
+    """Such as texts that somebody has put through a chat template already."""
+    file = put(tmp_path / "a.jsonl", [{column: "[u]q[a]", **TEXTS_OF_PAIR}])
+    assert read_pairs(file, prompt_column=column) == [dict(prompt="[u]q[a]", **TEXTS_OF_PAIR)]
+
+
 def test_data_prompt_column_none_means_none(tmp_path):
     row = dict(prompt="s q", question="x", chosen=[S, Q, G], rejected=[S, Q, B])
     file = put(tmp_path / "a.jsonl", [row])
     assert read_pairs(file, prompt_column="none") == [dict(zip(PAIR, ([S, Q], [G], [B])))]
-    with pytest.raises(UserError, match="line 1: its question is not part of what prompt, .*none"):
+    with pytest.raises(UserError, match="line 1: its question says what prompt does not; .*none"):
         read_pairs(file)
 
 
 BAD_ROWS = {  # what is wrong: a row, and what the line says
-    "text without prompt": (dict(id=1, chosen="abc", rejected="xyz"), "--prompt_column.*id, chosen, rejected"),
+    "text without prompt": (dict(task="q", chosen="ab", rejected="xy"), "--prompt_column.*task, chosen, rej"),
+    "text in a frame": (dict(task="q", system="s", chosen="It is", rejected="It was"), "--prompt_column"),
+    "turns without a user's": (dict(task="q", chosen=[S, G], rejected=[S, B]), "--prompt_column"),
+    "text that begins alike": (dict(task="q", chosen="It is", rejected="It was"), "--prompt_column .*task, ch"),
     "user's answer": (dict(prompt=[Q], chosen=[G], rejected=[user("Yes.")]), "the role user"),
     "an unknown role": (dict(prompt=[turn("critic", "x"), Q], **TURNS_OF_PAIR), "critic"),
     "no role": (dict(prompt=[{"content": "x"}], **TURNS_OF_PAIR), "role"),
     "no content": (dict(prompt=[{"role": "user"}], **TURNS_OF_PAIR), "content"),
-    "numbers": (dict(prompt=[Q], chosen=1, rejected=2), "int is neither text"),
+    "numbers": (dict(prompt=[Q], chosen=1, rejected=2), "not iterable"),
     "text and texts": (dict(prompt=["q"], **TURNS_OF_PAIR), "str is neither text"),
-    "two questions": (dict(prompt="p", input="more", **TEXTS_OF_PAIR), "its input is not part"),
-    "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt is not part"),
+    "two questions": (dict(prompt="p", input="more", **TEXTS_OF_PAIR), "its input says what"),
+    "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt says what"),
     "a prompt with a system of its own": (dict(prompt=[turn("system", "!"), Q], chosen=[Q, G],
-                                               rejected=[Q, B]), "its prompt is not part"),
+                                               rejected=[Q, B]), "its prompt says what"),
     "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "weather("}], **TURNS_OF_PAIR), "JSON"),
 }
 
@@ -3320,7 +3330,7 @@ def test_train_and_ask_by_the_command_that_the_run_ends_with(form, kind, templat
     (dict(instruction="q", **TEXTS_OF_PAIR), None, "chat template: Alpaca's text, saved with the model\n"),
     (conversation(), None, "chat template: <|user|> and <|assistant|> turns, saved with the model\n"),
     (dict(chosen=HI + " yes", rejected=HI + " no"), None,
-     "20 rows of chosen, rejected as text whose answers begin with the prompt;")])
+     "20 rows of chosen, rejected as text, answers begin with the prompt;")])
 def test_train_says_in_a_line_what_was_read_as_what(row, template, expected, tmp_path, capsys):
     file = put(tmp_path / "rows.jsonl", [row] * 20)
     tokenizer = byte_level(chat_template=template)
