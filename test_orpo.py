@@ -53,6 +53,10 @@ SHARED = HERE.parent / "shared"
 REAL = SHARED / "realdata"
 MODELS = REAL / "models"
 needs_shared = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/realdata")
+# A real chat model, such as SmolLM2-135M-Instruct, in the directory that ORPO_REAL_MODEL names
+REAL_MODEL = Path(os.environ.get("ORPO_REAL_MODEL", SHARED / "realmodel" / "smollm2"))
+needs_real_model = pytest.mark.skipif(not (REAL_MODEL / "config.json").exists(),
+                                      reason="needs a real model in ORPO_REAL_MODEL")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)  # for tiny models the fastest, by far so where others share the cores
@@ -239,15 +243,15 @@ def test_loss_gradient_check_program_passes_and_fails_when_it_should(script, mon
             assert orpo.main() == 1
 
 
-def loss_of_trl(rows, chat_template, scratch):
+def loss_of_trl(rows, chat_template, scratch, directory=MODELS / "stories260K"):
     """TRL's metrics for one batch of these rows, in fp32, and its model with the gradients."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     trl = pytest.importorskip("trl.experimental.orpo", reason="trl is not installed")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(MODELS / "stories260K", dtype=torch.float32)
-    tok = AutoTokenizer.from_pretrained(MODELS / "stories260K")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tok = AutoTokenizer.from_pretrained(directory)
     tok.pad_token = tok.eos_token
     tok.chat_template = chat_template
     config = trl.ORPOConfig(
@@ -282,6 +286,38 @@ def test_loss_of_one_step_equals_trl_gradients_included(tmp_path):
         for name, parameter in model.named_parameters():
             gradient = their_model.get_parameter(name).grad
             assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm(), (file, name)
+
+
+@needs_real_model
+def test_loss_of_a_real_chat_model_equals_trl_and_its_answers_transformers(tmp_path):
+    tok = Tokenizer.from_pretrained(REAL_MODEL)
+    model = load(REAL_MODEL)
+    reference = load_in_transformers(REAL_MODEL)
+    for question in ("What is the capital of France?", "Name a tree.", "Who wrote Hamlet?"):
+        ids = sample.prompt_ids([user(question)], tok)
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            close(model.logits(tokens), reference(tokens).logits, atol=2e-3)
+        expected = reference.generate(tokens, max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        [answer] = sample.continuations(model, [ids], 12, [tok.eos_id])
+        assert answer == expected[: len(answer)] and len(answer) > 2
+    rows = []  # as text, since TRL adds a second EOS after a template's "<|im_end|>" and line end
+    for prompt, chosen, rejected in (("What is the capital of France?", "It is Paris.", "Paris, obviously!"),
+                                     ("Name a tree.", "An oak is a tree.", "Dog.")):
+        opening = tok.apply_chat_template([user(prompt)], add_generation_prompt=True)
+        rows.append(dict(prompt=opening, chosen=chosen, rejected=rejected))
+    expected, their_model = loss_of_trl(rows, tok.chat_template, tmp_path, REAL_MODEL)
+    batch = pack([encode_pair(row, tok) for row in rows])
+    loss, metrics = orpo_loss(model(batch), batch, 0.1)
+    loss.backward()
+    for name in NAMES:
+        assert metrics[name].item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    for name, parameter in model.named_parameters():
+        gradient = their_model.get_parameter(name).grad
+        difference = parameter.grad - gradient
+        if name == EMBEDDING:  # transformers gives the pad token no gradient where it is an input
+            difference[their_model.config.pad_token_id] = 0
+        assert difference.norm() <= 1e-4 * gradient.norm(), name
 
 
 # ------------------------------------------------------------------------------------------------------------
