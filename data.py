@@ -4,12 +4,10 @@
     python train.py --dry_run --model MODEL --data FILE      # shows what this file makes of your rows
 
 In reading order: packing, the tokens of a pair, the tokenizer, rows from files, the demo, errors and files.
-Notation in all modules:  T tokens in a pack, N pairs in a pack, P / C / R tokens of one prompt / chosen /
-rejected.
+Notation:  T positions in a pack, N pairs in it, S of its positions that are scored.
 """
 import functools
 import gzip
-import heapq
 import itertools
 import json
 import math
@@ -138,18 +136,19 @@ def pack(pairs, *, prompt_loss=True):
 
 def deal(lengths, max_tokens, ranks=1):
     """Indices of `lengths`, dealt to packs of at most max_tokens in sum: longest first, each to the emptiest
-    pack. The number of packs is the smallest multiple of `ranks` found to do; some may be empty."""
+    pack. It begins with as few packs as could hold them, a multiple of `ranks`, and takes more until they do;
+    some may be empty."""
     assert max(lengths) <= max_tokens, "checked before training"
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = ranks * math.ceil(sum(lengths) / max_tokens / ranks)
     while True:
         packs = [[] for _ in range(count)]
-        emptiest = [(0, number) for number in range(count)]  # a heap of (tokens so far, number of the pack)
+        tokens = np.zeros(count, np.int64)  # in each pack so far
         for i in longest_first:
-            tokens, number = emptiest[0]
-            heapq.heapreplace(emptiest, (tokens + int(lengths[i]), number))
-            packs[number].append(i)
-        if max(emptiest)[0] <= max_tokens:
+            emptiest = tokens.argmin()
+            packs[emptiest].append(i)
+            tokens[emptiest] += lengths[i]
+        if tokens.max() <= max_tokens:
             return packs
         count += ranks * (1 + count // ranks // 16)
 
@@ -166,17 +165,14 @@ def make_packs(pairs, indices, max_tokens, *, rank=0, ranks=1, prompt_loss=True)
     return batches
 
 
-def epoch_order(count, seed, epoch):
-    """The order in which epoch number `epoch` takes `count` pairs: a function of seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
 def step_indices(count, batch_size, seed, step):
-    """The pairs of optimizer step 0, 1, ... (an epoch's last may be short), and the epochs done after it."""
+    """The pairs of optimizer step 0, 1, ... (an epoch's last may be short), and the epochs done after it. The
+    order of an epoch depends on the seed and its number alone."""
     epoch, step_in_epoch = divmod(step, math.ceil(count / batch_size))
     start = step_in_epoch * batch_size
     end = min(count, start + batch_size)
-    return epoch_order(count, seed, epoch)[start:end], epoch + end / count
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[start:end], epoch + end / count
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -206,10 +202,11 @@ def conversation_text(turns, options, tokenizer):
     """A conversation through the chat template. Raises UserError if its text would be the same without the
     tools, the tool calls, or what one of the roles says."""
     text = tokenizer.apply_chat_template(turns, **options)
+    # What a template may leave out: a role's words, the tools (an option), the calls (a key of a turn)
     parts = {turn["role"] for turn in turns} - {"user", "assistant"}
     parts |= {"tools", "tool_calls"} & {key for names in (options, *turns) for key in names if names[key]}
     for part in parts:
-        others = [{**turn, part: None} for turn in turns]
+        others = [{**turn, part: None} for turn in turns]  # no calls; a role is no key
         for turn in others:
             if turn["role"] == part:
                 turn["content"] = "OTHER"
@@ -221,13 +218,9 @@ def conversation_text(turns, options, tokenizer):
     return text
 
 
-def prompt_ids(text, tokenizer):
-    """Ids of a prompt, from which a generator starts: BOS first, exactly once, where the tokenizer would put
-    it, and never none at all."""
-    return with_bos(tokenizer.encode(text), tokenizer)
-
-
 def with_bos(ids, tokenizer):
+    """The ids of a text where a sequence begins, here and in a generator: BOS goes first, exactly once, if
+    the tokenizer would put it there. Where there would be no ids at all, BOS stands alone, or else EOS."""
     if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:  # a template may have written it
         return [tokenizer.bos_id, *ids]
     return ids or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
@@ -254,7 +247,7 @@ def pair_ids(texts, ids, tokenizer, max_length, max_prompt_length, truncation_mo
     parts = [prompt]
     for part in (CHOSEN, REJECTED):
         whole = with_bos(ids[part], tokenizer)
-        shared = len(os.path.commonprefix([prompt, whole]))
+        shared = len(os.path.commonprefix([prompt, whole]))  # ids (lists will do as well as strings)
         response = whole[shared:]
         if not texts[part].startswith(opening):  # it may end in a <think> that no answered text has
             notes.add("the chat template writes an answer otherwise than it asks for one")
@@ -270,17 +263,17 @@ def pair_ids(texts, ids, tokenizer, max_length, max_prompt_length, truncation_mo
             prompt = prompt[:room]
         else:
             prompt = prompt[:bos] + prompt[max(bos, len(prompt) - room + bos) :]
-    room = max_length - len(prompt)
-    return [prompt, parts[CHOSEN][:room], parts[REJECTED][:room]], notes
+    left = max_length - len(prompt)
+    return [prompt, parts[CHOSEN][:left], parts[REJECTED][:left]], notes
 
 
 def encode_pair(row, tokenizer, max_length=1024, max_prompt_length=None, truncation_mode="keep_end"):
     """One row of read_pairs -> [prompt, chosen, rejected], lists of ids, as they are trained.
 
     The prompt's ids are those that a generator starts from; a response's continue them, and end in EOS
-    exactly once. When prompt + longer response exceed max_length tokens, the prompt is cut to
-    max_prompt_length (default: half of it; from the left: keep_end; from the right: keep_start), BOS staying
-    first, then each response on the right to what is left.
+    exactly once, unless they are cut. When prompt + longer response exceed max_length tokens, the prompt is
+    cut to max_prompt_length (default: half of it; from the left: keep_end; from the right: keep_start), BOS
+    staying first, then each response on the right to what is left.
     """
     texts = pair_texts(row, tokenizer)
     ids = tokenizer.encode_batch(texts)
@@ -313,8 +306,8 @@ class Pairs:
 
     @classmethod
     def joined(cls, parts, rows, report=""):
-        """From the prompt, chosen, rejected ids of all pairs, one after the other."""
-        tokens = np.concatenate([np.empty(0, np.int32), *parts])
+        """From the prompt, chosen, rejected ids (int32) of all pairs, one after the other."""
+        tokens = np.concatenate(parts)
         ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         return cls(tokens, ends, np.asarray(rows, np.int64), report)
 
@@ -351,12 +344,12 @@ def tokenize_pairs(rows, tokenizer, max_length=1024, max_prompt_length=None, tru
             if parts[CHOSEN] == parts[REJECTED]:
                 counts["equal"] += 1
             elif not all(parts):
-                counts["dropped"] += 1
+                counts["without a token"] += 1
             else:
                 counts.update(notes)
                 kept_rows.append(number)
                 kept_parts += [np.array(part, np.int32) for part in parts]
-    reasons = [f"{counts.pop(reason, 0)} {reason}" for reason in ("equal", "empty", "cut", "dropped")]
+    reasons = [f"{counts.pop(reason, 0)} {reason}" for reason in ("equal", "empty", "cut", "without a token")]
     report = f"{len(rows)} rows read, {len(kept_rows)} kept: {', '.join(reasons)}"
     for note, count in counts.items():
         report += f"\n  {count}: {note}"
@@ -380,9 +373,9 @@ def describe(pairs, tokenizer, prompt_loss):
         "rejected": "L_OR",
     }
     lines = []
-    for pair in range(min(3, len(pairs))):
-        lines.append(f"\nrow {pairs.rows[pair]}")
-        for (name, losses), ids in zip(scored_by.items(), pairs[pair]):
+    for n in range(min(3, len(pairs))):
+        lines.append(f"\nrow {pairs.rows[n]}")
+        for (name, losses), ids in zip(scored_by.items(), pairs[n]):
             lines.append(f"  {name}: {len(ids)} tokens, scored by {losses}")
             tokens = []
             for i in range(len(ids)):
@@ -415,7 +408,8 @@ class Tokenizer:
 
     files: {name: bytes}, those of a model's directory.  eos_id, bos_id: ids or None.  adds_bos: whether the
     tokenizer itself begins a text with BOS.  clock: the time that templates see.  chat_template: text or
-    None, for which DEFAULT_TEMPLATE stands in.  raw: whether the first rows of adopt_template were text.
+    None, for which DEFAULT_TEMPLATE stands in.  raw: None until adopt_template, then whether all rows to
+    train on are text, asked as it stands.
     """
 
     raw = None
@@ -556,7 +550,7 @@ def compiled_template(template, clock):
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = clock.strftime
-    # {% generation %} marks what the assistant says; in text it is no more than a scope of names
+    # {% generation %} marks the assistant's words for loss masks; {% with %} just prints what is inside
     template = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", r"{%\1 \2with \3%}", template)
     return environment.from_string(template)
 
@@ -586,7 +580,7 @@ FRAME = (
     "tools",  # a list for the template, also as JSON
     "chat_template_kwargs",  # more names for the template
 )
-# What data call a role, in any case, and what templates call it.
+# Roles as data name them (in upper or lower case), and as templates do.
 ROLES = {
     "system": "system",
     "user": "user",
@@ -606,8 +600,9 @@ ALPACA_TEMPLATE = (
 
 
 class Row(dict):
-    """A pair's prompt, chosen and rejected.  place: file and line.  form: what was read, as what.  framed:
-    columns that make a conversation of text.  template_options: more names for the chat template."""
+    """A pair's prompt, chosen and rejected.  place: file and line.  form: what was read, as what.  column:
+    where the question stood.  framed: the columns of FRAME that turn this text into a conversation, if any.
+    template_options: more names for the chat template."""
 
     form = "prompt, chosen, rejected as conversations"
 
@@ -634,7 +629,8 @@ def read_pairs(sources, *, prompt_column="", as_conversation=False):
 
 def adopt_template(tokenizer, rows, path=""):
     """Settle the chat template that rows go through and that is saved with the model: --chat_template's file,
-    the model's own or, for a model that has none, one that asks as the rows do. -> what was read, as what."""
+    the model's own or, for a model that has none, one that asks as the rows do. Returns a line for people:
+    what was read, and through which template it goes."""
     talks = [row for row in rows if isinstance(row["prompt"], list)]
     source = "the model's" if tokenizer.chat_template else "none"
     if path:
@@ -647,7 +643,7 @@ def adopt_template(tokenizer, rows, path=""):
                 raise UserError(f"{row.place}: {row.framed} need a --chat_template; the model has none")
         source = "<|user|> and <|assistant|> turns, saved with the model"
         template = DEFAULT_TEMPLATE
-        if all(row.form.startswith("instruction") for row in talks):
+        if all(row.column == "instruction" for row in talks):
             source = "Alpaca's text, saved with the model"
             template = ALPACA_TEMPLATE
         tokenizer.chat_template = "{{ bos_token }}" * tokenizer.adds_bos + template
@@ -661,7 +657,7 @@ def adopt_template(tokenizer, rows, path=""):
 
 def find_files(sources):
     """The files that `sources` of read_pairs stand for."""
-    if isinstance(sources, (str, os.PathLike)):
+    if isinstance(sources, str | os.PathLike):
         sources = [sources]
     return [file for source in sources for file in files_of(os.fspath(source))]
 
@@ -743,28 +739,31 @@ def explicit_row(raw, prompt_column, as_conversation):
         raise UserError(f"a JSON object is expected, not a {type(raw).__name__}")
     if isinstance(raw.get("input"), dict):
         raw = {**raw, **raw["input"], "input": None}
-    names = () if prompt_column == "none" else (prompt_column, *QUESTION)
+    names = () if prompt_column == "none" else (prompt_column or "prompt", *QUESTION)
     column = next((name for name in names if raw.get(name)), "prompt" if names else None)
-    answers = max(ANSWERS, key=lambda both: both[0] in raw)  # the first ones that the row has
+    answers = max(ANSWERS, key=lambda both: bool(raw.get(both[0])))  # of equals the first
     question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
     if None in (chosen, rejected) or prompt_column not in ("", "none", *raw):
-        raise UserError("not a preference pair: chosen, rejected (and prompt, if not shared) as strings or "
-                        f"lists of role/content messages; columns found: {', '.join(raw)}")
+        raise UserError("not a preference pair: chosen, rejected and "
+                        f"{prompt_column or 'prompt (if not shared)'} as strings or lists of role/content "
+                        f"messages; columns found: {', '.join(raw)}")
     if column == "instruction" and raw.get("input"):
         question = f"{question}\n\n{raw['input']}"
     frame = [name for name in FRAME if raw.get(name)]
-    is_text = all(isinstance(part or "", str) for part in (question, chosen, rejected))
+    is_text = all(isinstance(part, str | None) for part in (question, chosen, rejected))
     if is_text:
         question, chosen, rejected = split_text(question, chosen, rejected)
-    # That answers begin with the same words proves nothing where another column may hold the prompt.
+    # Answers may begin alike by chance: what they share is the prompt if a user speaks in it, or if the row
+    # has no columns but the two of them.
     roles = [turn["role"] for turn in as_turns(chosen, "assistant")]
-    sure = "user" in roles or is_text and "\n\nAssistant:" in question
+    sure = "user" in roles or (is_text and "\n\nAssistant:" in question)
     if not sure and names and raw.get(column) is None and sum(map(bool, raw.values())) > 2:
         raise UserError("the prompt is in no known column; --prompt_column names another, or none; "
                         f"columns found: {', '.join(raw)}")
     repeated = chosen != raw[answers[0]]
     stands = is_text and not as_conversation and column in ("prompt", prompt_column, None)
     row = Row()
+    row.column = column
     row.framed = stands and frame
     if frame or not stands:
         question, chosen, rejected = split_turns(raw, question, chosen, rejected)
@@ -789,8 +788,10 @@ def as_turns(value, role):
     ShareGPT's words, pairs of a question and its answer, or hold OpenAI's blocks of text."""
     if isinstance(value, str):
         value = {"role": role, "content": value}
+    if isinstance(value, dict):
+        value = [value]
     messages = []
-    for turn in [value] if isinstance(value, dict) else value or []:
+    for turn in value or []:
         if isinstance(turn, list):
             for text, speaker in zip(turn, ("user", "assistant")):
                 messages += as_turns(text, speaker)
@@ -833,10 +834,9 @@ def split_turns(raw, question, chosen, rejected):
     prompt = chosen[:shared]
     if not any(turn["role"] == "user" for turn in prompt):
         prompt = prompt + as_turns(question or [], "user")
-    for answer in (chosen, rejected):
-        role = answer[shared]["role"]
-        if role != "assistant":
-            raise UserError(f"an answer is the assistant's; this one begins with the role {role}")
+    for turn in chosen[shared : shared + 1] + rejected[shared : shared + 1]:
+        if turn["role"] != "assistant":
+            raise UserError(f"an answer is the assistant's; this one begins with the role {turn['role']}")
     system = [turn for turn in as_turns(raw.get("system"), "system") if turn not in prompt]
     prompt = system + as_turns(raw.get("history"), "user") + prompt
     return prompt, chosen[shared:], rejected[shared:]
@@ -877,10 +877,10 @@ def demo_tokenizer():
 
 
 def demo_pairs(count, seed=0):
-    """`count` different questions, as rows: "Name a number above 57." The chosen answer is one of many right
-    ones, so a model that has learnt them all still gives each little probability, as with real text; the
-    rejected one is wrong. All are two digits and a full stop: learning to write the chosen ones (SFT) makes
-    the rejected ones likelier, too."""
+    """`count` rows, no two alike, on 140 questions such as "Name a number above 57." The chosen answer is one
+    of many right ones, so a model that has learnt them all still gives each little probability, as with real
+    text; the rejected one is wrong. All are two digits and a full stop: learning to write the chosen ones
+    (SFT) makes the rejected ones likelier, too."""
     triples = [three for three in itertools.combinations(range(10, 100), 3) if 20 <= three[1] < 90]
     rows = []
     for i in np.random.default_rng(seed).permutation(len(triples))[:count].tolist():
@@ -916,7 +916,7 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else " " for c in text)
 
 
-# What the user cannot put right, or did himself: `where` lets these pass as they are.
+# What is not the user's to put right, or the user's own doing: `where` lets these pass as they are.
 PASSING = (
     KeyboardInterrupt,
     SystemExit,

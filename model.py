@@ -69,10 +69,14 @@ class LayerNorm(nn.LayerNorm):
         return y.to(compute_dtype(x))
 
 
+def identity(x):  # in place of nn.Identity, whose call takes as long as a small kernel
+    return x
+
+
 def make_norm(config, size, wanted):
     """The family's norm over the last `size` channels; the identity where there is none."""
     if not wanted:
-        return nn.Identity()
+        return identity
     kind = RMSNorm if config.norm == "rms" else LayerNorm
     norm = kind(size, eps=config.norm_eps)
     norm.offset = config.norm_offset
@@ -83,7 +87,7 @@ class Linear(nn.Linear):
     """nn.Linear; after add_adapters with a trained low-rank update: W x + (alpha / r) B A x (LoRA, Hu et al.
     2021)."""
 
-    first = None  # [the layer with A], where there is an adapter; in a list: else it were a part of this one
+    first = None  # with an adapter: [the layer that holds A], in a list so that it is no submodule of this
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -103,7 +107,7 @@ def rotary_tables(rope, positions):
     elif rope["rope_type"] == "llama3":  # low frequencies divided by `factor`, high ones kept
         low = rope["low_freq_factor"]
         high = rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freqs / (2 * torch.pi)  # over the first context
+        turns = rope["original_max_position_embeddings"] * freqs / (2 * torch.pi)  # in the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / rope["factor"]
     angles = positions[..., None, None] * freqs
@@ -114,7 +118,7 @@ def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): of each head's first rotary_dim channels, (x1, x2) of the first and
     the second half turn by an angle; the rest stays. x (..., T, heads, D); cos, sin (..., T, 1, half)."""
     half = cos.shape[-1]
-    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    x1, x2, rest = x.split_with_sizes([half, half, x.shape[-1] - 2 * half], -1)
     y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)  # x1 cos - x2 sin
     y2 = torch.addcmul(x2 * cos, x1, sin)  # x2 cos + x1 sin
     return torch.cat([y1, y2, rest], -1).type_as(x)
@@ -151,14 +155,14 @@ def causal_attention(q, k, v, window=None, positions=None):
 
 
 def plain(module, q, k, v):
-    """Plain causal attention over (B, T, ...), of `logits`."""
+    """Whole sequences (B, T, ...): the layout of Transformer.logits."""
     return causal_attention(q, k, v, module.window)
 
 
 class Packed:
     """A packed batch: each position sees its own prefix and its own branch. A pair is two segments of queries
-    with the keys that they see; data.py has a drawing of them, above Batch. With flash attention (CUDA, fp16
-    or bf16) all segments are one call without mask or padding, elsewhere a loop."""
+    with the keys that they see, drawn in data.Batch's docstring. With flash attention (CUDA, fp16 or bf16)
+    all segments are one call without mask or padding, elsewhere a loop."""
 
     def __init__(self, batch, flash):
         self.batch = batch
@@ -188,27 +192,30 @@ class Cache:
     padding after its last one, and no position sees later ones."""
 
     def __init__(self):
-        self.kept = {}  # Attention -> (2, B, room, kv heads, D): its keys and its values
+        self.kept = {}  # Attention -> its keys and its values, (B, room, kv heads, D) each
 
     def at(self, positions, used):
         """Set the positions (B, T) of the next tokens; `used`: the length of the longest row with them."""
         self.used = used
         self.positions = positions
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.place = slice(None), rows, positions
+        self.place = rows, positions
         if len(positions) == 1:  # one sequence ends where its keys do: it needs no mask
             self.positions = None
-            self.place = slice(None), slice(None), slice(used - positions.shape[1], used)
+            self.place = slice(None), slice(used - positions.shape[1], used)
         return self
 
     def __call__(self, module, q, k, v):
-        new = torch.stack([k, v])  # (2, B, T, kv heads, D)
-        kept = self.kept.get(module, new[:, :, :0])
-        if kept.shape[2] < self.used:
-            kept = F.pad(kept, (0, 0, 0, 0, 0, 2 * self.used + 64 - kept.shape[2]))
-            self.kept[module] = kept
-        kept[self.place] = new
-        keys, values = kept[:, :, : self.used]
+        keys, values = self.kept.get(module, (k[:, :0], v[:, :0]))
+        if keys.shape[1] < self.used:
+            more = (0, 0, 0, 0, 0, 2 * self.used + 64 - keys.shape[1])
+            keys = F.pad(keys, more)
+            values = F.pad(values, more)
+            self.kept[module] = keys, values
+        keys[self.place] = k
+        values[self.place] = v
+        keys = keys[:, : self.used]
+        values = values[:, : self.used]
         return causal_attention(q, keys, values, module.window, self.positions)
 
 
@@ -235,8 +242,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, layout):
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).unflatten(-1, self.normed)).view(heads)  # (..., T, heads, D)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.normed)).view(heads)  # (..., T, kv heads, D)
+        normed = (*x.shape[:-1], *self.normed)
+        q = self.q_norm(self.q_proj(x).view(normed)).view(heads)  # (..., T, heads, D)
+        k = self.k_norm(self.k_proj(x).view(normed)).view(heads)  # (..., T, kv heads, D)
         v = self.v_proj(x).view(heads)
         if self.query_scale != 1:  # in place of sqrt(D), scores are divided by sqrt(query_pre_attn_scalar)
             q = q * self.query_scale
@@ -267,7 +275,7 @@ class MLP(nn.Module):
         return self.down_proj(hidden)
 
 
-@torch.compiler.disable  # which knows it in bf16 only
+@torch.compiler.disable  # the compiler knows it in bf16 only
 def grouped_mm(a, weight, ends):
     """Rows ends[e-1]:ends[e] of a (T k, in) times weight[e].T (out, in), for each expert e -> (T k, out)."""
     return F.grouped_mm(a, weight.to(a.dtype).transpose(-2, -1), offs=ends)
@@ -319,12 +327,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm_first = config.norm_first
         norm = partial(make_norm, config, config.hidden_size)
-        self.input_layernorm = norm(config.norm_inputs)
+        self.input_layernorm = norm(config.norm_inputs)  # before the attention
         self.self_attn = Attention(config, layer)
-        self.attention_norm = norm(config.norm_outputs)
+        self.attention_norm = norm(config.norm_outputs)  # of what it puts out
+        # before the MLP, in spite of its name, which is Llama's
         self.post_attention_layernorm = None if config.parallel else norm(config.norm_inputs)
         self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
-        self.post_feedforward_layernorm = norm(config.norm_outputs)
+        self.post_feedforward_layernorm = norm(config.norm_outputs)  # of what it puts out
 
     def forward(self, x, rotary, layout):
         """x (..., T, C) -> the same."""
@@ -358,7 +367,7 @@ def add_product(total, a, b):
 
 
 def chunks(h, weight):
-    """Slices of the positions of h (S, C), each of so many that they have at most CHUNK logits."""
+    """Slices of the positions of h (S, C), each with at most CHUNK logits."""
     size = max(1, CHUNK.get(h.device.type, 2**26) // len(weight))
     return [slice(start, start + size) for start in range(0, len(h), size)]
 
@@ -442,8 +451,8 @@ class Transformer(nn.Module):
         m.embed_tokens = nn.Embedding(config.vocab_size, config.embed_dim)
         if config.learned_positions:
             m.embed_positions = nn.Embedding(config.max_position_embeddings + config.position_offset, C)
-        m.project_in = nn.Identity()
-        m.project_out = nn.Identity()
+        m.project_in = identity
+        m.project_out = identity
         if config.embed_dim != C:
             m.project_in = nn.Linear(config.embed_dim, C, bias=False)
             m.project_out = nn.Linear(C, config.embed_dim, bias=False)
@@ -469,8 +478,9 @@ class Transformer(nn.Module):
 
     def add_adapters(self, r, alpha):
         """LoRA: the blocks' linear layers (not routers, nor experts) get a trained update of rank r, all else
-        is frozen. start_adapters initialises it, once the parameters are on their device. PEFT has one update
-        for layers that are one in the files: the first of them has A for all, and their Bs are rows of B."""
+        is frozen. start_adapters initialises it, once the parameters are on their device. PEFT adapts layers
+        that the files join (Phi-3's q, k, v) as one: they share the first one's A, and the B of each is its
+        rows of the joint B."""
         self.requires_grad_(False)
         self.adapter_scale = alpha / r
         firsts = {}  # by the layer's name in the files
@@ -514,9 +524,10 @@ class Transformer(nn.Module):
         half = compute_dtype(self.lm_head.weight).itemsize == 2
         flash = batch.inputs.is_cuda and half and self.config.head_dim % 8 == 0
         x = self.hidden(batch.inputs, batch.positions, Packed(batch, flash))  # (T, C)
-        some = slice(None) if batch.scored is None else batch.scored
+        scored = slice(None) if batch.scored is None else batch.scored
         logps = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-        logps[some] = target_logps(x[some], self.lm_head.weight, self.lm_head.bias, batch.targets[some])
+        head = self.lm_head
+        logps[scored] = target_logps(x[scored], head.weight, head.bias, batch.targets[scored])
         return logps
 
     def logits(self, tokens):
@@ -533,9 +544,9 @@ class Transformer(nn.Module):
         return self.lm_head(x).float()
 
     def training_flops(self, spans):
-        """Floating-point operations of a forward and a backward pass over pairs of the given spans (N, 3), as
-        nanoGPT estimates them (PaLM, appendix B): 6 per weight and token, 4 if it is frozen, of experts the
-        active ones; 12 per channel of the heads and pair of tokens that sees each other."""
+        """Floating-point operations of a forward and a backward pass over pairs of these spans (N, PARTS).
+        After PaLM, appendix B: 6 per weight and token, 4 if it is frozen, of experts the active ones; 12 per
+        channel of the heads and pair of tokens of which one sees the other (nanoGPT counts all T^2)."""
         c = self.config
         per_token = 0
         for name, p in [*self.model.layers.named_parameters(), ("head", self.lm_head.weight)]:
@@ -790,7 +801,7 @@ class Config:
         c = cls()
         c.rope_parameters = None  # with the numbers of rotary positions; in older files rope_scaling
         c.layer_types = None
-        vars(c).update(FAMILIES[family])
+        vars(c).update(FAMILIES[family])  # also what is no field, but read by windows_of and rope_of
         for name, value in hf.items():
             key = CONFIG_KEYS.get(name, name)
             given = value is not None or key == "sliding_window"  # null: the default, but of a window: none
@@ -826,9 +837,9 @@ def check_types(c):
     """Raise UserError where an entry is of the wrong type, missing or negative."""
     for field in fields(c):
         value = getattr(c, field.name)
-        right = type(value) is field.type or field.type is float and type(value) is int
+        right = type(value) is field.type or (field.type is float and type(value) is int)
         if right and type(value) in (int, float):
-            right = value > 0 or value == 0 and field.default is not None  # sizes have no default
+            right = value > 0 if field.default is None else value >= 0  # sizes have no default
         if not right and field.type not in (list, dict):  # those are set afterwards
             raise UserError(f"{field.name} = {value!r}")
     if c.hidden_act not in ACTIVATIONS:
@@ -836,18 +847,18 @@ def check_types(c):
 
 
 def rope_of(c, window):
-    """The rotary positions of layers with this window. Gemma 3 has others with than without: rope_parameters
-    holds both in new files; in older ones it belongs to layers without."""
+    """The rotary positions of layers with this window. In Gemma 3 those with a window have their own: new
+    files list both kinds in rope_parameters; in older ones it is that of the layers without a window."""
     given = c.rope_parameters or {}
     if window and hasattr(c, "rope_local_base_freq"):
         given = given.get("sliding_attention", {"rope_theta": c.rope_local_base_freq})
-    given = vars(c) | given.get("full_attention", given)
-    kind = given.get("rope_type", given.get("type", "default"))
+    entries = vars(c) | given.get("full_attention", given)
+    kind = entries.get("rope_type", entries.get("type", "default"))
     if kind not in ROPE:
         raise UserError(f"rope_type {kind!r}")
-    rope = {"rope_type": kind, "rotary_dim": int(c.head_dim * given["partial_rotary_factor"])}
+    rope = {"rope_type": kind, "rotary_dim": int(c.head_dim * entries["partial_rotary_factor"])}
     for key in ROPE[kind]:
-        rope[key] = float(given[key])
+        rope[key] = float(entries[key])
     if rope["rotary_dim"] % 2 or rope["rope_theta"] <= 0:
         raise UserError(f"rotary positions {rope}")
     return rope

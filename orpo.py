@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from data import CHOSEN, PARTS, PREFIX, REJECTED, pack
 
 # The smallest 1 - P that log_odds computes with. It matters at P = 1 alone, since a mean of fp32
-# log-probabilities is 0 or below about -1e-11. There it limits the gradient towards the rejected response,
-# 1 / (1 - P_l), to 1e30; the gradient towards the chosen one, odds_l / P_w, is exact.
+# log-probabilities is 0 or below about -1e-11. dL_OR / d log P_l grows as 1 / (1 - P_l): at P_l = 1 it is
+# 1e30 and not infinite. dL_OR / d log P_w needs no limit: at P_w = 1 it is -odds_l.
 SMALLEST = 1e-30
 
 

@@ -23,8 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import data
-from data import Tokenizer, UserError, as_turns, read_json, where
+from data import Tokenizer, UserError, as_turns, read_json, where, with_bos
 from model import Cache, Transformer
 
 CHAT_HELP = "/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
@@ -66,7 +65,7 @@ def generate(model, prompts, max_new_tokens, stop_ids=(), **choice):
     longest = inputs.shape[1]
     positions = torch.arange(longest, device=device).expand_as(inputs)
     last = lengths - 1  # the index of each row's last token among the inputs
-    end = model.max_positions or 2**40
+    end = model.max_positions or 2**40  # rotary positions have no end
     rooms = (end - lengths).tolist()  # tokens that each row may still get
     for step in range(max_new_tokens):
         logits = model.next_logits(inputs, positions, cache, longest + step, last)  # (B, vocab)
@@ -101,7 +100,7 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def check_fits(model, largest_id, longest):
+def check_limits(model, largest_id, longest):
     """Raise UserError for ids that the model does not know, and for more positions than it has."""
     if largest_id >= model.config.vocab_size:
         raise UserError(f"token id {largest_id} in a vocabulary of {model.config.vocab_size}: this tokenizer "
@@ -112,27 +111,26 @@ def check_fits(model, largest_id, longest):
 
 def check_prompts(model, prompts):
     """Raise UserError for what cannot be continued by a token."""
-    check_fits(model, max(map(max, prompts)), max(map(len, prompts)) + 1)
+    check_limits(model, max(map(max, prompts)), max(map(len, prompts)) + 1)
 
 
 def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
     """What `generate` yields, gathered: a list of ids for each prompt."""
     answers = [[] for _ in prompts]
     for tokens in generate(model, prompts, max_new_tokens, stop_ids, **choice):
-        for answer, token in zip(answers, tokens):
+        for ids, token in zip(answers, tokens):
             if token is not None:
-                answer.append(token)
+                ids.append(token)
     return answers
 
 
 def prompt_ids(prompt, tokenizer, history=()):
-    """Ids of a prompt: a list of messages through the chat template, a string as the user's turn after those
-    of `history` if there is a template."""
-    if isinstance(prompt, str) and tokenizer.chat_template:
-        prompt = [*history, *as_turns(prompt, "user")]
-    if not isinstance(prompt, str):
-        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-    return data.prompt_ids(prompt, tokenizer)
+    """Ids of a prompt: messages, or a string as the user's turn if there is a chat template, through it and
+    after those of `history`."""
+    if tokenizer.chat_template or not isinstance(prompt, str):
+        turns = [*history, *as_turns(prompt, "user")]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    return with_bos(tokenizer.encode(prompt), tokenizer)
 
 
 def stop_ids(tokenizer):
@@ -173,9 +171,12 @@ def answer(model, tokenizer, ids, options):
     except KeyboardInterrupt:
         text += " [stopped]"
     print(text, flush=True)
-    count = len(tokens) - len(ids)
-    print(f"[{count} tokens, {count / (time.perf_counter() - start):.0f} tokens/s]", file=sys.stderr)
+    print_speed(len(tokens) - len(ids), start)
     return tokenizer.decode(tokens[len(ids) :], after=ids)
+
+
+def print_speed(count, start):
+    print(f"[{count} tokens, {count / (time.perf_counter() - start):.0f} tokens/s]", file=sys.stderr)
 
 
 def chat(model, tokenizer, opening, options):
@@ -228,15 +229,19 @@ def answer_file(model, tokenizer, prompts, opening, flags, options):
     with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
         file = open(flags.output, "w", buffering=1, encoding="utf-8") if flags.output else sys.stdout
+    count = 0
+    start = time.perf_counter()
     for first in tqdm(range(0, len(ids), flags.batch_size), desc="answering", unit=" batches", disable=None):
         batch = ids[first : first + flags.batch_size]
         answers = continuations(model, batch, **options)
+        count += sum(map(len, answers))
         for (name, prompt), asked, new in zip(prompts[first:], batch, answers):
             text = tokenizer.decode(new, after=asked)
             row = {name: prompt, "answer": text}
             if name == "instruction":  # AlpacaEval's names
                 row = {name: prompt, "output": text, "generator": flags.model}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print_speed(count, start)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -289,7 +294,8 @@ def parse_flags(arguments):
 
 
 def sampling_options(model, flags):
-    """As transformers reads generation_config.json; the command line wins."""
+    """Those of generation_config.json, greedy without its do_sample; the command line wins. Where neither has
+    a top_k, all tokens count (in transformers 50)."""
     options = dict(temperature=1.0, top_k=0, top_p=1.0)
     usual = model.generation_config if model.generation_config.get("do_sample") else {"temperature": 0.0}
     for source in (usual, vars(flags)):

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
 import random
 import re
 import shlex
@@ -734,11 +735,11 @@ def test_data_max_prompt_length_is_what_a_prompt_is_cut_to():
 LONG = "x" * 30
 
 
-def data_report(read, kept, equal, empty, cut, dropped):
-    return f"{read} rows read, {kept} kept: {equal} equal, {empty} empty, {cut} cut, {dropped} dropped"
+def data_report(read, kept, equal, empty, cut, none):
+    return f"{read} rows read, {kept} kept: {equal} equal, {empty} empty, {cut} cut, {none} without a token"
 
 
-@pytest.mark.parametrize("rows, kept, report", [  # report: how many equal, empty, cut, dropped
+@pytest.mark.parametrize("rows, kept, report", [  # report: how many equal, empty, cut, without a token
     ([PAIR | {"rejected": "good"}, PAIR | {"chosen": END}, PAIR], [3], (1, 0, 0, 1)),
     ([PAIR, PAIR | {"chosen": ""}, PAIR | {"rejected": " \n\u3000"}], [1], (0, 2, 0, 0)),
     ([PAIR, conversation(), conversation(" "), conversation("bad")], [1, 2], (1, 1, 0, 0)),
@@ -842,7 +843,7 @@ def test_data_packs_predict_every_token_once_and_are_as_many_on_every_rank(ranks
     tokens = np.arange(lengths.sum(), dtype=np.int32)  # all differ
     parts = np.split(tokens, lengths.cumsum()[:-1])
     pairs = Pairs.joined(parts, np.arange(60))
-    indices = data.epoch_order(60, 0, 0)[:33]
+    indices = data.step_indices(60, 60, 0, 0)[0][:33]
     of_ranks = []
     for rank in range(ranks):
         packs = make_packs(pairs, indices, max_tokens, rank=rank, ranks=ranks, prompt_loss=prompt_loss)
@@ -862,15 +863,15 @@ def test_data_packs_predict_every_token_once_and_are_as_many_on_every_rank(ranks
 
 
 def test_data_order_of_an_epoch_depends_on_seed_and_epoch_alone_and_steps_take_all_of_it():
-    first = data.epoch_order(100, 3, 5)
+    first = data.step_indices(100, 100, 3, 5)[0]
     assert sorted(first) == list(range(100))
-    assert (data.epoch_order(100, 3, 5) == first).all()
+    assert (data.step_indices(100, 100, 3, 5)[0] == first).all()
     for seed, epoch in [(3, 6), (4, 5), (5, 3)]:
-        assert (data.epoch_order(100, seed, epoch) != first).any()
+        assert (data.step_indices(100, 100, seed, epoch)[0] != first).any()
     steps = [data.step_indices(10, 4, 3, step) for step in range(6)]
     assert [done for _, done in steps] == [0.4, 0.8, 1, 1.4, 1.8, 2]
     assert [len(indices) for indices, _ in steps] == [4, 4, 2, 4, 4, 2]
-    order = [*data.epoch_order(10, 3, 0), *data.epoch_order(10, 3, 1)]
+    order = [*data.step_indices(10, 10, 3, 0)[0], *data.step_indices(10, 10, 3, 1)[0]]
     assert np.concatenate([indices for indices, _ in steps]).tolist() == order
 
 
@@ -2180,7 +2181,7 @@ def test_train_counts_what_is_cut_and_warns_of_a_short_model(tmp_path, capsys):
     short = make_model(tmp_path / "model", SHAPE | dict(max_position_embeddings=3))
     run(tmp_path / "out", model=short, data=file, dry_run=True, max_length=4)
     printed = capsys.readouterr().out
-    assert "20 cut, 0 dropped" in printed
+    assert "20 cut, 0 without a token" in printed
     assert re.search("note: sequences of 4 tokens.* 3", printed)
 
 
@@ -2600,6 +2601,30 @@ def test_train_on_ranks_is_as_one_process_and_resumes(flags, tmp_path, count, sh
     close_runs(one, alone)
 
 
+def test_train_every_rank_has_the_template_that_the_rows_settled(flags, tmp_path, monkeypatch):
+    """Only the first reads them. With --shard all generate, and must end at the same tokens."""
+    template = put(tmp_path / "turns.jinja", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+    file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(8)])
+    model = make_model(tmp_path / "model", tokenizer=BARE)
+    common = train.Flags(**flags | dict(model=str(model), data=[file], chat_template=template))
+    sent = []
+
+    def broadcast(shared, device):
+        sent.append(pickle.dumps(shared))
+        shared[:] = pickle.loads(sent[0])
+
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", broadcast)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        tokenizer, _ = train.outline_model(common, None)
+        tokenizer, pairs, _ = train.load_pairs(common, tokenizer)
+        found.append((tokenizer.chat_template, tokenizer.encode("a<|end|>"), tokenizer.clock, len(pairs)))
+    assert found[0] == found[1]
+    assert "<|end|>" in found[1][0]
+
+
 def test_train_adapters_learn_resume_and_leave_both_models(flags, tmp_path):
     out = tmp_path / "out"
     model = make_model(tmp_path / "model")
@@ -2707,7 +2732,7 @@ def test_train_leaves_out_a_step_that_is_not_finite(flags, tmp_path, monkeypatch
     for out, steps in ((a, 4), (b, 3)):
         on_step(monkeypatch, lambda step, logps: fault(logps) if step == 3 else None)
         run(out, flags, eval_pairs=0, save_steps=1, logging_steps=2, max_steps=steps)
-    assert re.search(r"step 4/4.*1 steps? skipped", capsys.readouterr().out)
+    assert re.search(r"step 4/4.*\n1 steps skipped", capsys.readouterr().out)
     assert steps_of(a) == [2, 4]
     assert weights(b / "checkpoint-2") == weights(a / "checkpoint-2")
     assert weights(b / "checkpoint-3") == weights(b / "checkpoint-2")  # the optimizer, too
@@ -2897,6 +2922,12 @@ def test_sample_chat_keeps_its_history_and_survives_errors(model, tmp_path, monk
     assert errors.count("Ctrl-C stops an answer") == 1
 
 
+def test_sample_a_system_message_also_goes_before_prompts_that_are_messages():
+    tokenizer = byte_tokenizer(template="{% for m in messages %}{{ m.content }}|{% endfor %}")
+    for prompt in ("one", [user("one")]):
+        assert sample.prompt_ids(prompt, tokenizer, [turn("system", "brief")]) == tokenizer.encode("brief|one|")
+
+
 def test_sample_survives_bytes_that_cannot_be_streamed(monkeypatch, capsys):
     """With byte fallback, tokenizers' stream raises "Invalid prefix encountered" at the token after them."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"hi": 256}
@@ -3006,6 +3037,9 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "train: the output is a file": ({"out": "mine"}, {}, "out"),
     "train: a run is there": ({}, dict(output_dir="run"), "run.*--resume.*--overwrite_output_dir"),
     "train: a model is there": ({"out/config.json": "mine"}, dict(overwrite_output_dir=True), "out.*no run"),
+    "train: a checkpoint is there": ({"out/checkpoint-9/a": "mine"}, {}, "out.*checkpoint-9.*no run"),
+    "train: a log is there": ({"out/metrics.jsonl": "mine"}, dict(overwrite_output_dir=True), "out.*no run"),
+    "train: more steps than asked for": ({}, ON | dict(max_steps=1), "checkpoint-2.*1 steps"),
     "train: only damage to resume": ({"run/checkpoint-2/state.json": "{"}, ON, "checkpoint-2.*remove"),
     "train: ids beyond the model": ({}, dict(model="few"), "100"),
     "train: another family": ({"model/config.json": '{"model_type": "t5"}', "b.jsonl": "{"},
@@ -3071,6 +3105,13 @@ MORE_FORMS = {  # name: a row as people have it, then prompt, chosen, rejected a
                               **TEXTS_OF_PAIR), [S, M, N, Q], [G], [B]),
     "history of turns": (dict(question="q", history=[M, N], **TEXTS_OF_PAIR), [M, N, Q], [G], [B]),
     "empty frame": (dict(prompt="q", system="", history=[], tools=None, **TEXTS_OF_PAIR), "q", "good", "bad"),
+    "null beside other answers": (dict(prompt="q", chosen=None, rejected=None, chosen_response="good",
+                                       rejected_response="bad"), "q", "good", "bad"),
+    "a column without a name": ({"": "3", "prompt": "q", **TEXTS_OF_PAIR}, "q", "good", "bad"),
+    "no turns": (dict(prompt=[Q], chosen=[], rejected=[B]), [Q], [], [B]),
+    "no turns at all": (dict(prompt=[user("Who founded it?")], chosen=[], rejected=[]),
+                        [user("Who founded it?")], [], []),
+    "text, and no turns at all": (dict(prompt="q", chosen=[], rejected=[]), [Q], [], []),
     "input alone": (dict(input="q", **TEXTS_OF_PAIR), [Q], [G], [B]),
     "query": (dict(query="q", **TEXTS_OF_PAIR), [Q], [G], [B]),
     "messages": (dict(messages=[S, Q], chosen=G, rejected=B), [S, Q], [G], [B]),
@@ -3293,7 +3334,7 @@ def test_data_prompt_ids_are_those_that_a_generator_starts_from(kind):
             whole = data.pair_texts(row, tok)
             assert asked == sample.prompt_ids(row["prompt"], tok)
             for text, response in zip(whole[1:], responses):
-                joint = data.prompt_ids(text.removesuffix(tok.specials["eos_token"] + "\n"), tok)
+                joint = data.with_bos(tok.encode(text.removesuffix(tok.specials["eos_token"] + "\n")), tok)
                 assert tok.decode(asked + response[:-1]) == tok.decode(joint)
                 if joint[: len(asked)] == asked:  # as TRL encodes it
                     assert asked + response[:-1] == joint

@@ -41,10 +41,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from data import PREFIX, UserError, read_json, where, write_json
+from data import CHOSEN, PREFIX, UserError, read_json, where, write_json
 from model import Config, Transformer, assign, find_tensors, read_tensor, whole, write_tensors
 from orpo import orpo_loss
-from sample import check_fits, check_numbers, continuations, make_parser, stop_ids
+from sample import check_limits, check_numbers, continuations, make_parser, stop_ids
 
 # -----------------------------------------------------------------------------------------------------------
 # Flags. Names are TRL's and transformers' where they have one.
@@ -88,7 +88,7 @@ class Flags:
 
     # speed and memory: no effect on the result, up to rounding
     dtype: Literal["bfloat16", "float32"] = None  # of products (default: bfloat16 on a GPU that has it)
-    max_tokens: int = None  # tokens per pack and device: the memory knob (default: 8192, on a CPU 2048)
+    max_tokens: int = None  # tokens per pack and device: the memory knob (default: 8192, on a CPU 1024)
     gradient_checkpointing: bool = False  # recompute blocks in the backward: a quarter more time, less memory
     compile: bool = False  # torch.compile the blocks: faster on GPUs after a minute's start
     shard: bool = False  # spread weights, gradients and moments over the ranks (FSDP2) instead of DDP
@@ -151,7 +151,7 @@ def train(flags, checkpoint, device, report):
 
     # Model and pairs. What is wrong with them shows here, before any weights are read.
     tokenizer, model = outline_model(flags, checkpoint)
-    pairs, eval_sets = load_pairs(flags, tokenizer)
+    tokenizer, pairs, eval_sets = load_pairs(flags, tokenizer)
     all_sets = [pairs, *eval_sets.values()]
     check_fit(flags, model, all_sets, device)
     total = flags.max_steps
@@ -173,22 +173,24 @@ def train(flags, checkpoint, device, report):
     recent = []  # the metrics of each step since the last training line of metrics.jsonl
     if checkpoint:
         start, recent = load_checkpoint(checkpoint, model, optimizer, fingerprint)
+        if start > total:
+            raise UserError(f"{checkpoint} has more than the {total} steps asked for")
     begin_files(flags, checkpoint, start)
     print0(f"{size:,} parameters, {len(pairs)} pairs, {total} steps, {flags.dtype} on {WORLD_SIZE} "
            f"{device.type}, beta {flags.beta:g}, rate {flags.learning_rate:.2g}")
     stop_signals = catch_signals()
     epoch = 0.0
-    bad_in_a_row = 0  # steps without a finite loss and gradient, up to that line
-    seen = []  # indices of the pairs of this run's steps since then
-    clock = time.perf_counter()  # start of these steps, moved on by every pause
+    bad_in_a_row = 0  # steps without a finite loss and gradient, at the end of those logged so far
+    seen = []  # indices of the pairs trained since the last training line, step by step
+    clock = time.perf_counter()  # start of the steps since that line; a pause moves it on
 
-    hidden = None if RANK == 0 else True  # None: shown on a terminal
     steps = range(start, total + 1)  # a step's number is how many are done
-    for step in tqdm(steps, "training", total, initial=start, unit=" steps", disable=hidden):
+    # disable=None: the bar is for terminals
+    for step in tqdm(steps, "training", total, initial=start, unit=" steps", disable=RANK > 0 or None):
         # Before each step and after the last one: an evaluation and a checkpoint, where they are due.
         pause = time.perf_counter()
         stop = received_signal(stop_signals)  # a signal's number, on any rank, or 0
-        just_resumed = checkpoint and step == start  # this evaluation is in metrics.jsonl already
+        just_resumed = checkpoint and step == start  # its evaluation is in metrics.jsonl already
         if due(step, flags.eval_steps, total) and not just_resumed:
             for name, eval_pairs in eval_sets.items():
                 line = {"step": step, "epoch": round(epoch, 6)}
@@ -234,7 +236,10 @@ def train(flags, checkpoint, device, report):
                 line = {"step": step + 1, "epoch": round(epoch, 6), **means(finite), "learning_rate": rate}
                 spans = pairs.spans()[np.concatenate(seen)]
                 line |= speed(flags, model, spans, time.perf_counter() - clock)
-                log_training(flags, report, line, total, skipped=len(recent) - len(finite))
+                log_training(flags, report, line, total)
+            skipped = len(recent) - len(finite)
+            if skipped:
+                print0(f"{skipped} steps skipped: loss or gradient not finite")
             recent, seen = [], []
             clock = time.perf_counter()
 
@@ -320,15 +325,15 @@ def check_flags(flags, demo, error):
 
 
 def checkpoints(output_dir):
-    """{step: directory} of the checkpoints there, oldest first."""
+    """The directories of the checkpoints there, oldest first."""
     names = [path.name for path in Path(output_dir).glob("checkpoint-*")]
     steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-[1-9][0-9]*", name))
-    return {step: Path(output_dir, f"checkpoint-{step}") for step in steps}
+    return [Path(output_dir, f"checkpoint-{step}") for step in steps]
 
 
 def newest_checkpoint(output_dir):
     """The checkpoint of the most steps, or None; its files have to be as long as their headers say."""
-    found = list(checkpoints(output_dir).values())
+    found = checkpoints(output_dir)
     if not found:
         return None
     newest = found[-1]
@@ -387,17 +392,17 @@ def lock_output_dir(flags):
 
 def check_output_dir(flags, checkpoint):
     """Refuse to mix with a run or a model that is there."""
-    if RANK != 0 or flags.dry_run:
+    if RANK != 0 or flags.dry_run or checkpoint:
         return
     out = Path(flags.output_dir)
-    has_model = (out / "config.json").exists()
     has_run = (out / "train_config.json").exists()
-    if has_model and not has_run:
-        raise UserError(f"{out} holds a model that no run wrote; choose another --output_dir")
+    if not has_run and run_files(out):
+        raise UserError(f"{run_files(out)[0]} was written by no run; choose another --output_dir")
     if flags.overwrite_output_dir and Path(flags.model).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--overwrite_output_dir would remove {out}, which holds --model {flags.model}")
-    starts_anew = flags.overwrite_output_dir or (flags.resume and not has_model)
-    if has_run and not checkpoint and not starts_anew:
+    # --resume also starts a run again that was killed before its first checkpoint
+    starts_anew = flags.overwrite_output_dir or (flags.resume and not (out / "config.json").exists())
+    if has_run and not starts_anew:
         raise UserError(f"{out} holds a run; --resume continues it where it has a checkpoint, "
                         "--overwrite_output_dir removes it")
 
@@ -429,7 +434,8 @@ def reporter(flags):
 
 
 def outline_model(flags, checkpoint):
-    """Tokenizer, and model without its weights: load_weights reads these, once all is known to fit."""
+    """Tokenizer, and model without its weights, which load_weights reads once all is known to fit; the demo's
+    has them at once."""
     source = checkpoint or flags.model
     base = flags.model if flags.lora_r else source  # a checkpoint of adapters has no model
     if not base:
@@ -444,19 +450,19 @@ def outline_model(flags, checkpoint):
 
 
 def load_pairs(flags, tokenizer):
-    """The pairs to train on, and {name: pairs} to evaluate on; read on the first rank, for all."""
-    shared = [train_and_eval_pairs(flags, tokenizer) if RANK == 0 else None]
+    """The tokenizer with the chat template that the rows settled, the pairs to train on, and {name: pairs} to
+    evaluate on; read on the first rank, for all."""
+    shared = [(tokenizer, *train_and_eval_pairs(flags, tokenizer)) if RANK == 0 else None]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
     return shared[0]
 
 
 def train_and_eval_pairs(flags, tokenizer):
-    """As load_pairs. Where nothing is trained, each file of --eval_data is evaluated for itself."""
+    """The pairs of load_pairs. Where nothing is trained, each file of --eval_data is evaluated for itself."""
     if flags.max_steps == 0 and flags.eval_data:
         eval_sets = {name: tokenize(flags, tokenizer, [name]) for name in flags.eval_data}
-        first = next(iter(eval_sets.values()))  # in place of pairs to train on
-        return first, eval_sets
+        return eval_sets[flags.eval_data[0]], eval_sets  # the first in place of pairs to train on
     pairs = tokenize(flags, tokenizer, flags.data)
     if flags.eval_data:
         return pairs, {"--eval_data": tokenize(flags, tokenizer, flags.eval_data)}
@@ -488,15 +494,15 @@ def tokenize(flags, tokenizer, sources):
     return pairs
 
 
-def check_fit(flags, model, parts, device):
+def check_fit(flags, model, all_sets, device):
     """Do pairs, model and flags go together? Settles --max_tokens."""
-    spans = np.concatenate([pairs.spans() for pairs in parts])
-    longest = int((spans[:, 0] + spans[:, 1:].max(1)).max()) + 1  # prompt + response
+    spans = np.concatenate([pairs.spans() for pairs in all_sets])
+    longest = int((spans[:, PREFIX] + spans[:, CHOSEN:].max(1)).max()) + 1  # prompt + response
     largest_tree = int(spans.sum(1).max())
-    largest_id = max(int(pairs.tokens.max()) for pairs in parts)
-    check_fits(model, largest_id, longest)
+    largest_id = max(int(pairs.tokens.max()) for pairs in all_sets)
+    check_limits(model, largest_id, longest)
     if flags.max_tokens is None:
-        flags.max_tokens = max(largest_tree, 2048 if device.type == "cpu" else 8192)
+        flags.max_tokens = max(largest_tree, 1024 if device.type == "cpu" else 8192)
     if flags.max_tokens < largest_tree:
         raise UserError(f"--max_tokens {flags.max_tokens}: the longest pair takes {largest_tree}")
     if model.hf_config.get("output_router_logits"):
@@ -515,7 +521,7 @@ def load_weights(model, flags, device):
         for module in (*model.model.layers, model):
             fully_shard(module, reshard_after_forward=True)
         register_fsdp_forward_method(model, "next_logits")
-    if hasattr(model, "source"):
+    if hasattr(model, "source"):  # else the demo's, whose weights are not read
         frozen_bf16 = flags.dtype == "bfloat16" and not flags.shard  # FSDP wants all parameters of one dtype
         model.load(device, torch.bfloat16 if frozen_bf16 else torch.float32)
     model.start_adapters(flags.seed)
@@ -585,11 +591,11 @@ def begin_files(flags, checkpoint, start):
         return
     if not checkpoint:
         remove_run(out)
+    write_json(out / "train_config.json", recorded_flags(flags))
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         path.touch()
         kept = [line for line in read_lines(path) if line["step"] <= start]
         path.write_text("".join(map(as_line, kept)), encoding="utf-8")
-    write_json(out / "train_config.json", recorded_flags(flags))
 
 
 def recorded_flags(flags):
@@ -609,13 +615,20 @@ def as_line(values):
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
+def run_files(out):
+    """What a run has written there, by name."""
+    names = ["metrics.jsonl", "samples.jsonl", "train_config.json", "adapter", *MODEL_FILES,
+             *data.TOKENIZER_FILES]
+    return [*checkpoints(out), *(path for name in names for path in out.glob(name))]
+
+
 def remove_run(out):
-    """Remove what a run writes, by name; other files stay."""
-    for directory in [*checkpoints(out).values(), out / "adapter"]:
-        shutil.rmtree(directory, ignore_errors=True)
-    names = ["metrics.jsonl", "samples.jsonl", "train_config.json", *MODEL_FILES, *data.TOKENIZER_FILES]
-    for path in [path for name in names for path in out.glob(name)]:
-        path.unlink()
+    """Remove a run's files; others stay."""
+    for path in run_files(out):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def catch_signals():
@@ -761,7 +774,7 @@ def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recen
             unfinished.rename(final)
             flush(out)
         if flags.save_total_limit:
-            for old in list(checkpoints(out).values())[: -flags.save_total_limit]:
+            for old in checkpoints(out)[: -flags.save_total_limit]:
                 shutil.rmtree(old)
     all_reduce(torch.zeros(1))  # wait until it is written: torchrun ends all ranks when one fails
 
@@ -860,15 +873,14 @@ def speed(flags, model, spans, seconds):
     return found
 
 
-def log_training(flags, report, line, total, skipped):
+def log_training(flags, report, line, total):
     """A line of metrics.jsonl, also on the terminal and, under transformers' names, to --report_to."""
     append_line(flags, "metrics.jsonl", line)
     report({"train/" + key: value for key, value in line.items()}, line["step"])
     margin = line["logps/chosen"] - line["logps/rejected"]
     print0(f"step {line['step']}/{total} | loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
            f"margin {margin:.3f}, accuracy {line['rewards/accuracies']:.3f}, "
-           f"lr {line['learning_rate']:.0e}, {line['pairs_per_second']:.1f} pairs/s"
-           + f", {skipped} steps skipped: loss or gradient not finite" * bool(skipped))
+           f"lr {line['learning_rate']:.0e}, {line['pairs_per_second']:.1f} pairs/s")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -902,7 +914,7 @@ def summarise(flags, model, tokenizer, eval_sets, seconds):
     """A table of the held-out metrics, the demo's right answers, and the next command."""
     demo = not flags.model
     lines = read_lines(Path(flags.output_dir, "metrics.jsonl")) if RANK == 0 else []
-    evaluations = [line for line in lines if "eval_loss" in line]
+    evaluations = [line for line in lines if line.get("eval_loss")]  # null: it was not finite
     if evaluations:
         before = in_short(evaluations[0])
         after = in_short(evaluations[-1])
@@ -929,6 +941,7 @@ def explain(error):
     """One line about an error that is no mistake of this code, else None."""
     if isinstance(error, UserError | OSError):
         return str(error)
+    # the latter are the words of PyTorch's allocator on a CPU: can't, or can not
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error):
         return "out of memory; lower --max_tokens or add --gradient_checkpointing: the result stays the same"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

@@ -174,7 +174,7 @@ def speed(args):
         rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
         peer = sys.executable, "-c", PEER, args.model, rows, args.batch_size, args.steps, int(cuda)
         ours = {"model": args.model, "data": rows, "batch_size": args.batch_size, "max_steps": args.steps,
-                "max_tokens": 16384, "logging_steps": 1, "eval_pairs": 0, "learning_rate": 1e-5}
+                "logging_steps": 1, "eval_pairs": 0, "learning_rate": 1e-5}
         for _ in range(args.rounds):
             done = subprocess.run([*map(str, peer)], check=True, capture_output=True, text=True)
             results["TRL"].append(json.loads(done.stdout.splitlines()[-1]))
