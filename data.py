@@ -447,11 +447,11 @@ class Tokenizer:
             return cls(files)
 
     def save_pretrained(self, directory):
-        """Write the tokenizer's files, unchanged, and a chat template that is not the model's own."""
+        """Write the files that it was read from, unchanged, and a chat template that is not the model's own.
+        A model is saved there afterwards: its config.json takes the place of this one."""
         os.makedirs(directory, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if name in self.files:
-                Path(directory, name).write_bytes(self.files[name])
+        for name, content in self.files.items():
+            Path(directory, name).write_bytes(content)
         if self.chat_template != self.template_of_files:  # from now on the model's own
             Path(directory, "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
@@ -576,6 +576,7 @@ ANSWERS = (
 )
 FRAME = (
     "system",  # text or turns
+    "system_prompt",
     "history",  # turns, or pairs of a question and its answer
     "tools",  # a list for the template, also as JSON
     "chat_template_kwargs",  # more names for the template
@@ -635,7 +636,7 @@ def adopt_template(tokenizer, rows, path=""):
     source = "the model's" if tokenizer.chat_template else "none"
     if path:
         with where(f"--chat_template {path}"):
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
         source = path
     elif talks and not tokenizer.chat_template:
         for row in talks:
@@ -837,7 +838,8 @@ def split_turns(raw, question, chosen, rejected):
     for turn in chosen[shared : shared + 1] + rejected[shared : shared + 1]:
         if turn["role"] != "assistant":
             raise UserError(f"an answer is the assistant's; this one begins with the role {turn['role']}")
-    system = [turn for turn in as_turns(raw.get("system"), "system") if turn not in prompt]
+    system = as_turns(raw.get("system") or raw.get("system_prompt"), "system")
+    system = [turn for turn in system if turn not in prompt]
     prompt = system + as_turns(raw.get("history"), "user") + prompt
     return prompt, chosen[shared:], rejected[shared:]
 

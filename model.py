@@ -507,6 +507,8 @@ class Transformer(nn.Module):
         m = self.model
         c = self.config
         x = m.project_in(m.embed_tokens(tokens))
+        if torch.is_autocast_enabled(x.device.type):  # as above RMSNorm; frozen embeddings may be bf16
+            x = x.float()
         if c.scaled_embeddings:  # by sqrt(C), rounded as the weights are
             x = x * x.new_full((), c.hidden_size**0.5)
         if c.learned_positions:

@@ -212,7 +212,7 @@ def read_prompts(path):
             if not line.strip():
                 continue
             with where(f"line {number}"):
-                row = json.loads(line) if path.endswith(".jsonl") else {"prompt": line.rstrip("\n")}
+                row = json.loads(line) if ".json" in path else {"prompt": line.rstrip("\n")}
                 name = "instruction" if "instruction" in row else "prompt"
                 prompt = row[name]
                 prompts.append((name, prompt if isinstance(prompt, str) else as_turns(prompt, "user")))
@@ -228,7 +228,9 @@ def answer_file(model, tokenizer, prompts, opening, flags, options):
         check_prompts(model, ids)
     with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
-        file = open(flags.output, "w", buffering=1, encoding="utf-8") if flags.output else sys.stdout
+        file = sys.stdout
+        if flags.output:
+            file = open(flags.output, "w", buffering=1, encoding="utf-8", errors="replace")
     count = 0
     start = time.perf_counter()
     for first in tqdm(range(0, len(ids), flags.batch_size), desc="answering", unit=" batches", disable=None):
@@ -237,10 +239,7 @@ def answer_file(model, tokenizer, prompts, opening, flags, options):
         count += sum(map(len, answers))
         for (name, prompt), asked, new in zip(prompts[first:], batch, answers):
             text = tokenizer.decode(new, after=asked)
-            row = {name: prompt, "answer": text}
-            if name == "instruction":  # AlpacaEval's names
-                row = {name: prompt, "output": text, "generator": flags.model}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps({name: prompt, "answer": text}, ensure_ascii=False) + "\n")
     print_speed(count, start)
 
 

@@ -58,7 +58,9 @@ needs_shared = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/rea
 REAL_MODEL = Path(os.environ.get("ORPO_REAL_MODEL", SHARED / "realmodel" / "smollm2"))
 needs_real_model = pytest.mark.skipif(not (REAL_MODEL / "config.json").exists(),
                                       reason="needs a real model in ORPO_REAL_MODEL")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+has_gpu = torch.cuda.is_available
+needs_gpu = pytest.mark.skipif(not has_gpu(), reason="needs a CUDA GPU")
+torch.cuda.is_available = lambda: False  # what the programs do is tested on a CPU, wherever the suite runs
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)  # for tiny models the fastest, by far so where others share the cores
 
@@ -1032,8 +1034,9 @@ CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes 
     "gemma": plain("gemma", head_dim=16, hidden_act="gelu"),
     "gemma-untied": plain("gemma", **APART, head_dim=10, attention_bias=True, rope_theta=500.0),
     "gemma3": plain("gemma3_text", **GEMMA3, sliding_window=7),
-    "gemma3-large": plain("gemma3_text", **GEMMA3, sliding_window=5, sliding_window_pattern=2, rope_theta=500.0,
-                          rope_local_base_freq=50.0, rope_scaling=dict(LINEAR, rope_type="linear"),
+    "gemma3-large": plain("gemma3_text", **GEMMA3, sliding_window=5, sliding_window_pattern=2,
+                          rope_theta=500.0, rope_local_base_freq=50.0,
+                          rope_scaling=dict(LINEAR, rope_type="linear"),
                           query_pre_attn_scalar=24, attention_bias=True, **APART),
     "gemma3-types": plain("gemma3_text", head_dim=24, sliding_window=6, layer_types=[FULL, SLIDING, FULL],
                           query_pre_attn_scalar=24, rope_parameters=OF_TYPES),
@@ -1048,7 +1051,8 @@ CHECKPOINTS = {  # but one in the spellings of transformers 4; version 5 writes 
     "opt-bare": plain("opt", **APART, enable_bias=False),
     "gpt2": plain("gpt2"),
     "gpt2-untied": plain("gpt2", **APART, n_inner=44, activation_function="gelu"),
-    "mixtral": plain("mixtral", intermediate_size=32, num_local_experts=5, num_experts_per_tok=2, sliding_window=7),
+    "mixtral": plain("mixtral", intermediate_size=32, num_local_experts=5, num_experts_per_tok=2,
+                     sliding_window=7),
     "mixtral-all": plain("mixtral", **TIED, intermediate_size=24, num_local_experts=3, num_experts_per_tok=3),
     "qwen3moe": plain("qwen3_moe", **EXPERTS, head_dim=16, norm_topk_prob=True),
     "qwen3moe-biases": plain("qwen3_moe", **EXPERTS, attention_bias=True),
@@ -1159,7 +1163,8 @@ def test_model_adapters_start_from_nothing_and_merge(name, checkpoint, tmp_path)
     close(at_the_start.logits(tokens), load(checkpoint(name)).logits(tokens))
 
 
-@pytest.mark.parametrize("name", "llama3 mistral qwen2 qwen3 smollm3 stablelm phi opt mixtral olmo2 gemma gemma3-large phi3 gpt2".split())
+@pytest.mark.parametrize("name", "llama3 mistral qwen2 qwen3 smollm3 stablelm phi opt mixtral olmo2 gemma "
+                                 "gemma3-large phi3 gpt2".split())
 def test_model_adapters_are_pefts(name, checkpoint, tmp_path):
     """In PEFT the same logits, with the adapters and merged."""
     peft = pytest.importorskip("peft", reason="peft is the reference")
@@ -1449,7 +1454,8 @@ def compiled_without_code(model, patch):
 
 
 @pytest.mark.parametrize("change, name", [
-    *itertools.product([flash_attention, gradient_checkpointing], ["mistral", "gpt2", "qwen3moe", "olmo2", "gemma3"]),
+    *itertools.product([flash_attention, gradient_checkpointing],
+                       ["mistral", "gpt2", "qwen3moe", "olmo2", "gemma3"]),
     (compiled_to_code, "gpt2"), (compiled_without_code, "mistral"), (compiled_without_code, "qwen3moe")])
 def test_model_what_changes_nothing(change, name, checkpoint, monkeypatch):
     """Log-probabilities and all gradients."""
@@ -1485,6 +1491,7 @@ def test_model_compiles_once_for_all_layers_and_sizes(monkeypatch):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_model_bf16_autocast_is_close(name, device, checkpoint, monkeypatch):
     """Gradients and sums are fp32, all near the exact ones; on a GPU with flash."""
+    monkeypatch.setattr(torch.cuda, "is_available", has_gpu)
     flashes = []
 
     def spy(batch, flash):
@@ -1506,7 +1513,8 @@ def test_model_bf16_autocast_is_close(name, device, checkpoint, monkeypatch):
     assert F.cosine_similarity(ours, theirs, 0) > 0.95
 
 
-def test_model_bf16_error_does_not_grow_with_depth():
+@pytest.mark.parametrize("frozen", [torch.float32, torch.bfloat16])  # the latter: as with adapters
+def test_model_bf16_error_does_not_grow_with_depth(frozen):
     """As the residual stream is fp32; in bf16 the error of 48 layers is more than twice that of 2."""
     errors = []
     batch = pack(random_pairs(LENGTHS))
@@ -1518,7 +1526,9 @@ def test_model_bf16_error_does_not_grow_with_depth():
                 p.fill_(1)
                 if p.ndim > 1:
                     p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
+                p.copy_(p.bfloat16())  # exact in both dtypes
             exact = model(batch)
+            model.to(frozen)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 error = model(batch) - exact
             errors.append(error.square().mean().sqrt().item())
@@ -1747,8 +1757,8 @@ BAD_MODELS = {  # name: ({file: its content; None: removed; a function: of its t
     "unknown activation": (config(hidden_act="swoosh"), "config.json swoosh"),
     "norm of each head": (config(model_type="stablelm", qk_layernorm=True), "config.json"),
     "capped scores": (config(model_type="gemma2"), "config.json Gemma caps"),
-    "capped logits": (config(model_type="gemma3_text", final_logit_softcapping=30.0), "config.json softcapping"),
-    "looks ahead": (config(model_type="gemma3_text", use_bidirectional_attention=True), "config.json bidirect"),
+    "capped logits": (config(model_type="gemma3_text", final_logit_softcapping=30.0), "json softcapping"),
+    "looks ahead": (config(model_type="gemma3_text", use_bidirectional_attention=True), "json bidirect"),
     "rotation every second": (config(model_type="smollm3", no_rope_layer_interval=2), "config.json interval"),
     "unknown rope": (config(model_type="phi3", rope_scaling={"type": "longrope"}), "config.json longrope"),
     "rope_theta of nought": (config(rope_theta=0), "config.json rope_theta"),
@@ -1791,8 +1801,8 @@ def test_model_bad_directories(files, words, tmp_path):
 @torch.no_grad()
 def test_model_reads_the_text_model_of_a_gemma_that_reads_images(tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
-    vision = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                  patch_size=14)
+    vision = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)
     text = dict(CHECKPOINTS["gemma3"], rms_norm_eps=0.02)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
                                        image_token_index=52, boi_token_index=50, eoi_token_index=51)
@@ -1848,9 +1858,9 @@ def make_model(directory, shape=SHAPE, tokenizer=None, scale=4.0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale if parameter.ndim > 1 else 1)
-    model.save_pretrained(str(directory), torch.float32)
     tokenizer = tokenizer or demo_tokenizer()
     tokenizer.save_pretrained(str(directory))
+    model.save_pretrained(str(directory), torch.float32)
     return directory
 
 
@@ -1950,7 +1960,7 @@ def as_child(words, environment, before, place):
     try:
         runpy.run_path(str(HERE / "train.py"), run_name="__main__")
     finally:
-        if "RANK" in environment:  # gloo's threads may abort a rank that comes to Python's end: here it is sure
+        if "RANK" in environment:  # gloo's threads may abort a rank that comes to Python's end
             traceback.print_exc()
             os.abort()
 
@@ -2230,12 +2240,28 @@ def test_train_evaluates_a_model_as_it_is(flags, model, tmp_path):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("template, shown", [
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}>>", "How are you?"),
+    ("{{ messages[-1].content }}", "How are you?"),  # nothing stands around the words
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}|",
+     "How are you?|"),  # has no words for a lone question
+    (None, "Hi.How are you?")])
+def test_train_shows_the_last_question(template, shown):
+    tokenizer = byte_tokenizer(template=template)
+    turns = [turn("system", "s"), user("Hi."), user("How are you?")]
+    prompt = "Hi.How are you?"
+    if template:
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    assert train.last_words(tokenizer, prompt) == shown
+
+
 BARE = tokenizer_of(demo_tokenizer().backend, eos_token="<|endoftext|>")  # without a chat template
 
 
 @pytest.mark.parametrize("row, template, asked", [
     (conversation(), "", "<|user|>\nq<|endoftext|>\n<|assistant|>\n"),  # the authors' turns
-    (PAIR | dict(prompt=None, instruction="q", input=""), "", data.ALPACA_TEMPLATE.split("%}")[2].split("{%")[0].replace("{{ m.content }}", "q")),
+    (PAIR | dict(prompt=None, instruction="q", input=""), "",
+     data.ALPACA_TEMPLATE.split("%}")[2].split("{%")[0].replace("{{ m.content }}", "q")),
     (conversation(), "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}", "<q>")])
 def test_train_saves_the_template_it_asked_through(row, template, asked, tmp_path):
     """With a model that has none; BOS included, here and in transformers."""
@@ -2276,13 +2302,13 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch, ki
 
     reporters = []
     monkeypatch.setitem(sys.modules, module, type("", (), {opener: Reporter}))
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(tmp_path, flags, max_steps=1, report_to=kind, run_name="first")
     [reporter] = reporters
     if kind == "tensorboard":
         assert reporter.opened["directory"] == str(tmp_path / "runs/first")
     else:
-        assert (reporter.opened["project"], reporter.opened["name"]) == ("mine", "first")
+        assert reporter.opened["name"] == "first"
+        assert reporter.opened["config"]["max_steps"] == 1
     *told, last = reporter.told
     assert last == "closed"
     assert {step for step, _ in told} == {0, 1}
@@ -2431,6 +2457,37 @@ def test_train_resume_needs_only_the_checkpoint_and_equal_data(whole, flags, mod
         run(out, resume=True, data=moved, max_steps=6)
 
 
+def test_train_a_run_goes_on_without_the_file_of_its_template(flags, tmp_path):
+    template = put(tmp_path / "t.jinja", "\ufeff{% for m in messages %}{{ m.content }}|{% endfor %}")
+    file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(8)])
+    common = flags | dict(data=file, chat_template=template)
+    run(tmp_path / "whole", common, max_steps=4)
+    run(tmp_path / "out", common, max_steps=2)
+    Path(template).unlink()
+    run(tmp_path / "out", resume=True, max_steps=4)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert "\ufeff" not in Tokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_train_adapters_resume_where_config_json_alone_names_the_end(flags, tmp_path):
+    files = demo_tokenizer().files | {"tokenizer_config.json": b"{}"}
+    files["config.json"] = json.dumps(dict(eos_token_id=256)).encode()
+    model = make_model(tmp_path / "model", SHAPE | dict(eos_token_id=256), Tokenizer(files))
+    common = flags | dict(model=model, lora_r=2)
+    run(tmp_path / "whole", common, max_steps=4)
+    run(tmp_path / "out", common, max_steps=2)
+    run(tmp_path / "out", resume=True, max_steps=4)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("first, then", [(2, 4), (0, 2), (2, 0), (1, 2)])
+def test_train_a_resumed_run_cannot_change_its_adapters(flags, tmp_path, capsys, first, then):
+    run(tmp_path, flags, max_steps=2, lora_r=first)
+    with pytest.raises(SystemExit):
+        run(tmp_path, resume=True, max_steps=4, lora_r=then)
+    assert f"--lora_r {then}: the run was started with {first}" in capsys.readouterr().err
+
+
 def test_train_a_template_that_reads_the_clock_resumes_later(flags, model, tmp_path):
     """With the time at which the run began: else its pairs would be others, and be refused."""
     copy = shutil.copytree(model, tmp_path / "model")
@@ -2442,9 +2499,19 @@ def test_train_a_template_that_reads_the_clock_resumes_later(flags, model, tmp_p
     assert weights(tmp_path / "a") != weights(tmp_path / "b")
 
 
+class Counted(torch.optim.SGD):
+    """Keeps a number of each weight, on which its steps depend."""
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            p.data -= 2**-10 / (1 + self.state[p]["count"] % 2) * p.grad  # exact in both number formats
+
+
 OPTIMIZERS = {  # name: (optimizer, what it keeps of each weight)
     "RMSprop": (lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.5, centered=True), 4),
     "SGD": (lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9), 1),
+    "a number": (Counted, 1),
     "fused SGD": (lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=True), 1),
     "AdamW": (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, amsgrad=True), 4)}
 
@@ -2561,6 +2628,20 @@ def test_train_what_one_rank_meets_ends_all(flags, whole, tmp_path, number, stat
     ended, errors = first.finish()
     assert ended == status
     assert left or re.fullmatch("train.py: .*rank.*\n", errors)
+
+
+def test_train_ranks_that_see_different_checkpoints_say_so(flags, tmp_path):
+    """As nodes do that do not share --output_dir."""
+    run(tmp_path / "one", flags, max_steps=2)
+    started = []
+    world = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for rank, name in enumerate(("one", "other")):
+        place = world | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        started.append(Child(tmp_path / name, flags, environment=place, resume=True, max_steps=4))
+    ended = [child.finish() for child in started]
+    assert [status for status, _ in ended] == [1, 1]
+    assert re.fullmatch("train.py: other ranks see a newer checkpoint.*\n", ended[1][1])
+    assert re.fullmatch("train.py: .*rank.*\n", ended[0][1])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2925,7 +3006,8 @@ def test_sample_chat_keeps_its_history_and_survives_errors(model, tmp_path, monk
 def test_sample_a_system_message_also_goes_before_prompts_that_are_messages():
     tokenizer = byte_tokenizer(template="{% for m in messages %}{{ m.content }}|{% endfor %}")
     for prompt in ("one", [user("one")]):
-        assert sample.prompt_ids(prompt, tokenizer, [turn("system", "brief")]) == tokenizer.encode("brief|one|")
+        ids = sample.prompt_ids(prompt, tokenizer, [turn("system", "brief")])
+        assert ids == tokenizer.encode("brief|one|")
 
 
 def test_sample_survives_bytes_that_cannot_be_streamed(monkeypatch, capsys):
@@ -2957,10 +3039,12 @@ def test_sample_file_is_answered_in_its_order_as_one_by_one(model, tmp_path, mon
     for row in shown:  # as alone, without padding
         ask(**common, prompt=row["prompt"])
         assert capsys.readouterr().out == row["answer"] + "\n"
-    put(tmp_path / "eval.jsonl", [{"instruction": questions[1]}])  # AlpacaEval's names
+    put(tmp_path / "eval.jsonl", [{"instruction": questions[1]}])  # AlpacaEval's name
     ask(**common, prompts=tmp_path / "eval.jsonl", output=tmp_path / "b.jsonl")
-    alpaca = dict(instruction=questions[1], output=shown[1]["answer"], generator=str(model))
-    assert lines(tmp_path, "b.jsonl") == [alpaca]
+    assert lines(tmp_path, "b.jsonl") == [dict(instruction=questions[1], answer=shown[1]["answer"])]
+    put(tmp_path / "half.jsonl", '{"prompt": "\\ud83d"}')  # half a surrogate pair
+    ask(**common, prompts=tmp_path / "half.jsonl", output=tmp_path / "c.jsonl")
+    assert [row["prompt"] for row in lines(tmp_path, "c.jsonl")] == ["?"]
 
 
 def test_sample_an_interrupted_file_keeps_the_first_answers(model, tmp_path, monkeypatch):
@@ -3048,6 +3132,7 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "train: a package is missing": ({}, dict(report_to="tensorboard"), "pip install tensorboard"),
     "train: an upload without network": ({}, dict(push_to_hub="me/mine", max_steps=1), "--push_to_hub"),
     "sample: broken JSON": ({"p.jsonl": '{"prompt": "x"}\n{"prompt": \n'}, {}, "p.jsonl.* line 2"),
+    "sample: a list": ({"p.json": '[\n {"prompt": "x"}\n]'}, dict(prompts="p.json"), "p.json.* line 1"),
     "sample: not UTF-8": ({"p.txt": b"caf\xe9\n"}, dict(prompts="p.txt"), "p.txt"),
     "sample: nowhere to write": ({"p.jsonl": [PAIR]}, dict(output="no/a.jsonl"), "--output|no/a.jsonl"),
     "sample: a system without template": ({"p.jsonl": [PAIR]}, dict(raw=True, system="y"), "--system"),
@@ -3098,6 +3183,7 @@ TEXTS_OF_PAIR = dict(chosen="good", rejected="bad")
 TURNS_OF_PAIR = dict(chosen=[G], rejected=[B])
 MORE_FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as read_pairs gives it
     "system beside text": (dict(system="s", prompt="q", **TEXTS_OF_PAIR), [S, Q], [G], [B]),
+    "system_prompt": (dict(system_prompt="s", question="q", **TEXTS_OF_PAIR), [S, Q], [G], [B]),
     "system as turns": (dict(system=[S], prompt=[Q], **TURNS_OF_PAIR), [S, Q], [G], [B]),
     "system that is there": (dict(system="s", prompt="q", chosen=[S, Q, G], rejected=[S, Q, B]),
                              [S, Q], [G], [B]),
@@ -3180,7 +3266,7 @@ BAD_ROWS = {  # what is wrong: a row, and what the line says
     "text without prompt": (dict(task="q", chosen="ab", rejected="xy"), "--prompt_column.*task, chosen, rej"),
     "text in a frame": (dict(task="q", system="s", chosen="It is", rejected="It was"), "--prompt_column"),
     "turns without a user's": (dict(task="q", chosen=[S, G], rejected=[S, B]), "--prompt_column"),
-    "text that begins alike": (dict(task="q", chosen="It is", rejected="It was"), "--prompt_column .*task, ch"),
+    "text that begins alike": (dict(task="q", chosen="It is", rejected="It was"), "--prompt_column .*task"),
     "user's answer": (dict(prompt=[Q], chosen=[G], rejected=[user("Yes.")]), "the role user"),
     "an unknown role": (dict(prompt=[turn("critic", "x"), Q], **TURNS_OF_PAIR), "critic"),
     "no role": (dict(prompt=[{"content": "x"}], **TURNS_OF_PAIR), "role"),
@@ -3191,7 +3277,7 @@ BAD_ROWS = {  # what is wrong: a row, and what the line says
     "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt says what"),
     "a prompt with a system of its own": (dict(prompt=[turn("system", "!"), Q], chosen=[Q, G],
                                                rejected=[Q, B]), "its prompt says what"),
-    "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "weather("}], **TURNS_OF_PAIR), "JSON"),
+    "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "f("}], **TURNS_OF_PAIR), "JSON"),
 }
 
 
@@ -3233,7 +3319,8 @@ def test_data_a_lone_file_of_a_hub_data_set_is_its_train_split(files, expected, 
 # ------------------------------------------------------------------------------------------------------------
 # Templates
 
-SHOWS = EACH + "<{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}{{ tools }}"
+SHOWS = (EACH + "<{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+         "{{ tools }}")
 HIDES = EACH + "{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
 
 
@@ -3349,7 +3436,8 @@ def test_data_merges_across_the_end_of_the_prompt_are_counted():
     pairs = tokenize_pairs(rows, byte_level())
     assert "\n  1: tokens would merge across the end of the prompt" in pairs.report
     tok = byte_level()
-    assert [tok.decode(part) for part in pairs[0]] == ["Name a tree. ", "Oak is one." + END, "Dog is one." + END]
+    texts = [tok.decode(part) for part in pairs[0]]
+    assert texts == ["Name a tree. ", "Oak is one." + END, "Dog is one." + END]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3395,8 +3483,9 @@ def test_train_and_ask_by_the_command_that_the_run_ends_with(form, kind, templat
         if isinstance(prompt, list) and len(prompt) == 1:  # as one types it
             prompt = prompt[0]["content"]
         prompts.append({"prompt": prompt})
-    more = ["--prompts", put(tmp_path / "prompts.jsonl", prompts), "--output", str(tmp_path / "answers.jsonl")]
-    sample.main(shlex.split(next_command)[1:] + more + ["--max_new_tokens", "40"])
+    more = ["--prompts", put(tmp_path / "prompts.jsonl", prompts), "--max_new_tokens", "40",
+            "--output", str(tmp_path / "answers.jsonl")]
+    sample.main(shlex.split(next_command)[1:] + more)
     answers = [line["answer"].strip() for line in lines(tmp_path, "answers.jsonl")]
     assert answers == [chosen for _, chosen, _ in THREE]
 

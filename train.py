@@ -36,7 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -100,7 +100,7 @@ class Flags:
     config: str = ""  # JSON file of flags, such as a run's train_config.json; the command line wins
     logging_steps: int = 10  # steps per line of metrics.jsonl, which gives their mean
     eval_steps: int = None  # steps between evaluations; also before and after; 0: none (default: total / 10)
-    generate_during_eval: int = 2  # answers shown at each evaluation and kept in samples.jsonl
+    generate_during_eval: int = 2  # answers shown at each evaluation and in samples.jsonl; none with --shard
     save_steps: int = 500  # steps between checkpoints; also at the end; 0: only when stopped
     save_total_limit: int = 2  # newest checkpoints kept; 0: all
     save_dtype: Literal["bfloat16", "float16", "float32"] = None  # of the final model (default: as loaded)
@@ -276,6 +276,7 @@ def parse_flags(arguments):
         checkpoint = newest_checkpoint(given.get("output_dir", Flags.output_dir))
     if checkpoint:
         recorded = from_file(parser, checkpoint / "train_config.json")
+        recorded["chat_template"] = ""  # it is in the checkpoint
         given = recorded | given
     demo = not (given.get("model") or given.get("data") or given.get("eval_data"))
     flags = Flags(**(DEMO | given if demo else given))
@@ -283,6 +284,8 @@ def parse_flags(arguments):
         parser.error(f"--resume: no checkpoint in {flags.output_dir}, and no --model to start")
     check_flags(flags, demo, parser.error)
     if checkpoint:
+        if flags.lora_r != recorded["lora_r"]:
+            parser.error(f"--lora_r {flags.lora_r}: the run was started with {recorded['lora_r']}")
         changed = [f"--{name} {given[name]} (was {was})"
                    for name, was in recorded.items() if given[name] != was]
         print0(f"continuing from {checkpoint}; changed: {', '.join(changed) or 'nothing'}")
@@ -416,8 +419,7 @@ def reporter(flags):
     elif flags.report_to == "wandb":
         with where("--report_to wandb (pip install wandb)"):
             import wandb
-        project = os.environ.get("WANDB_PROJECT", "orpo")
-        with wandb.init(project=project, name=name, config=asdict(flags)) as run:
+        with wandb.init(name=name, config=asdict(flags)) as run:
             yield lambda metrics, step: run.log(metrics, step=step)
     else:
         with where("--report_to tensorboard (pip install tensorboard)"):
@@ -520,7 +522,6 @@ def load_weights(model, flags, device):
     if flags.shard and WORLD_SIZE > 1:
         for module in (*model.model.layers, model):
             fully_shard(module, reshard_after_forward=True)
-        register_fsdp_forward_method(model, "next_logits")
     if hasattr(model, "source"):  # else the demo's, whose weights are not read
         frozen_bf16 = flags.dtype == "bfloat16" and not flags.shard  # FSDP wants all parameters of one dtype
         model.load(device, torch.bfloat16 if frozen_bf16 else torch.float32)
@@ -578,15 +579,14 @@ def load_checkpoint(checkpoint, model, optimizer, fingerprint):
             assign(optimizer.state[p][key], value)
         else:
             optimizer.state[p][key] = value.to(p.device)
-    start = torch.tensor(state["step"])
-    if all_reduce(start.clone(), dist.ReduceOp.MAX) != start:
-        raise UserError("other ranks see a newer checkpoint; all need the same --output_dir")
     return state["step"], state["recent"]
 
 
 def begin_files(flags, checkpoint, start):
     """Remove an overwritten run, or the lines after a resumed run's checkpoint; write train_config.json."""
     out = Path(flags.output_dir)
+    if all_reduce(torch.tensor(start), dist.ReduceOp.MAX) != start:
+        raise UserError("other ranks see a newer checkpoint; all need the same --output_dir")
     if RANK != 0:
         return
     if not checkpoint:
@@ -709,15 +709,17 @@ def last_words(tokenizer, prompt):
     if not tokenizer.chat_template:
         return prompt
     turn = [{"role": "user", "content": "WORDS"}]
-    before, _, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True).rpartition("WORDS")
-    prompt = prompt.removesuffix(after)
-    return prompt.split(before[-10:])[-1] if before else prompt
+    with suppress(UserError, ValueError):  # a template with rules about turns, or with nothing before them
+        before, _, after = tokenizer.apply_chat_template(turn, add_generation_prompt=True).rpartition("WORDS")
+        return prompt.removesuffix(after).split(before[-10:])[-1]
+    return prompt
 
 
 def answers_to(flags, model, tokenizer, pairs, count, max_new_tokens):
-    """(prompt, greedy answer) of the first pairs, on the first rank, and with --shard on all."""
+    """(prompt, greedy answer) of the first pairs, on the first rank. With --shard none: all ranks would send
+    each other the whole model for each token."""
     prompts = [pairs[i][PREFIX].tolist() for i in range(min(count, len(pairs)))]
-    if not prompts or (RANK != 0 and not flags.shard):
+    if not prompts or RANK != 0 or flags.shard:
         return []
     # not compiled: it would be a graph for each length
     with torch.compiler.set_stance("force_eager"), autocast(flags, model.lm_head.weight.device):
@@ -752,7 +754,7 @@ def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recen
     for name, p in trained(model).items():
         for key, value in optimizer.state[p].items():
             if value is not None:  # such as the momentum of an SGD that has none
-                tensors[f"{key}.{name}"] = torch.as_tensor(value)
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).float()
         if flags.lora_r:
             tensors[f"adapter.{name}"] = p
     tensors = gather(flags, tensors)
@@ -761,10 +763,10 @@ def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recen
     if RANK == 0:
         with where(f"{final} could not be written; make room, then --resume"):
             shutil.rmtree(unfinished, ignore_errors=True)
+            tokenizer.save_pretrained(unfinished)
             if weights:
                 model.save_pretrained(unfinished, torch.float32, weights)
             write_tensors(unfinished, "optimizer", tensors)
-            tokenizer.save_pretrained(unfinished)
             write_json(unfinished / "train_config.json", recorded_flags(flags))
             write_json(unfinished / "state.json", dict(step=step, pairs=fingerprint, recent=recent,
                                                        clock=tokenizer.clock.isoformat()))
@@ -893,8 +895,8 @@ def save_model(flags, model, tokenizer):
     weights = gather(flags, dict(model.named_parameters()))
     if RANK == 0:
         with where(f"the model could not be written to {out}; make room, then --resume"):
-            model.save_pretrained(out, getattr(torch, flags.save_dtype), weights)
             tokenizer.save_pretrained(out)
+            model.save_pretrained(out, getattr(torch, flags.save_dtype), weights)
             if flags.lora_r:
                 model.save_adapters(out / "adapter", weights, flags.model, flags.lora_r, flags.lora_alpha)
 
@@ -921,7 +923,7 @@ def summarise(flags, model, tokenizer, eval_sets, seconds):
         print0(f"\n{'on held-out pairs':24}{'before':>11}{'after':>11}")
         for label in before:
             print0(f"{label:24}{before[label]:11.3f}{after[label]:11.3f}")
-    if demo:
+    if demo and not flags.shard:
         for pairs in eval_sets.values():
             right = 0
             for prompt, answer in answers_to(flags, model, tokenizer, pairs, len(pairs), 32):

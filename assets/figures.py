@@ -65,8 +65,8 @@ def sweep(name, args, *arguments):
     """The runs of each beta and seed: a table of their ends, a picture of mean and range on the way."""
     print("| beta | chosen, after | rejected, after | accuracy | right answers |")
     print("| --- | --- | --- | --- | --- |")
-    figure, axes = plt.subplots(1, len(args.betas), figsize=(9, 2.9), sharey=True)
-    for ax, beta in zip(axes, args.betas):
+    figure, axes = plt.subplots(1, len(args.betas), figsize=(9, 2.9), sharey=True, squeeze=False)
+    for ax, beta in zip(axes[0], args.betas):
         runs = []
         for seed in range(args.seeds):
             keep = args.runs and Path(args.runs, f"beta-{beta:g}-seed-{seed}")
@@ -85,8 +85,8 @@ def sweep(name, args, *arguments):
             ax.plot(steps, means, color=colour, label=key, linewidth=2)
             ax.fill_between(steps, lows, highs, color=colour, alpha=0.25, linewidth=0)
         ax.set(title=f"beta {beta:g}" + " (SFT)" * (beta == 0), xlabel="step")
-    axes[0].set_ylabel("mean log-prob, held out")
-    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0, 0].set_ylabel("mean log-prob, held out")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.09))
     save(figure, name)
 
