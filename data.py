@@ -447,11 +447,11 @@ class Tokenizer:
             return cls(files)
 
     def save_pretrained(self, directory):
-        """Write the files that it was read from, unchanged, and a chat template that is not the model's own.
-        A model is saved there afterwards: its config.json takes the place of this one."""
+        """Write the tokenizer's files, unchanged, and a chat template that is not the model's own."""
         os.makedirs(directory, exist_ok=True)
-        for name, content in self.files.items():
-            Path(directory, name).write_bytes(content)
+        for name in TOKENIZER_FILES:
+            if name in self.files:
+                Path(directory, name).write_bytes(self.files[name])
         if self.chat_template != self.template_of_files:  # from now on the model's own
             Path(directory, "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 

@@ -1858,9 +1858,9 @@ def make_model(directory, shape=SHAPE, tokenizer=None, scale=4.0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale if parameter.ndim > 1 else 1)
+    model.save_pretrained(str(directory), torch.float32)
     tokenizer = tokenizer or demo_tokenizer()
     tokenizer.save_pretrained(str(directory))
-    model.save_pretrained(str(directory), torch.float32)
     return directory
 
 
@@ -1992,9 +1992,10 @@ CHILDREN = itertools.count()
 
 @pytest.fixture(scope="session", autouse=True)
 def server(tmp_path_factory):
-    """Start the server in this environment; it has to find this file."""
+    """Start the server in this environment; it has to find this file, and no GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         PROCESSES.set_forkserver_preload(["test_orpo"])
         multiprocessing.forkserver.ensure_running()
 

@@ -329,9 +329,9 @@ def check_flags(flags, demo, error):
 
 def checkpoints(output_dir):
     """The directories of the checkpoints there, oldest first."""
-    names = [path.name for path in Path(output_dir).glob("checkpoint-*")]
-    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-[1-9][0-9]*", name))
-    return [Path(output_dir, f"checkpoint-{step}") for step in steps]
+    found = [path for path in Path(output_dir).glob("checkpoint-*")
+             if re.fullmatch(r"checkpoint-[1-9][0-9]*", path.name)]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def newest_checkpoint(output_dir):
@@ -619,7 +619,7 @@ def run_files(out):
     """What a run has written there, by name."""
     names = ["metrics.jsonl", "samples.jsonl", "train_config.json", "adapter", *MODEL_FILES,
              *data.TOKENIZER_FILES]
-    return [*checkpoints(out), *(path for name in names for path in out.glob(name))]
+    return checkpoints(out) + [path for name in names for path in out.glob(name)]
 
 
 def remove_run(out):
@@ -763,10 +763,11 @@ def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recen
     if RANK == 0:
         with where(f"{final} could not be written; make room, then --resume"):
             shutil.rmtree(unfinished, ignore_errors=True)
+            write_tensors(unfinished, "optimizer", tensors)
             tokenizer.save_pretrained(unfinished)
+            write_json(unfinished / "config.json", model.hf_config)  # some tokenizers' EOS stands there alone
             if weights:
                 model.save_pretrained(unfinished, torch.float32, weights)
-            write_tensors(unfinished, "optimizer", tensors)
             write_json(unfinished / "train_config.json", recorded_flags(flags))
             write_json(unfinished / "state.json", dict(step=step, pairs=fingerprint, recent=recent,
                                                        clock=tokenizer.clock.isoformat()))
@@ -895,8 +896,8 @@ def save_model(flags, model, tokenizer):
     weights = gather(flags, dict(model.named_parameters()))
     if RANK == 0:
         with where(f"the model could not be written to {out}; make room, then --resume"):
-            tokenizer.save_pretrained(out)
             model.save_pretrained(out, getattr(torch, flags.save_dtype), weights)
+            tokenizer.save_pretrained(out)
             if flags.lora_r:
                 model.save_adapters(out / "adapter", weights, flags.model, flags.lora_r, flags.lora_alpha)
 
