@@ -214,7 +214,7 @@ def conversation_text(turns, options, tokenizer):
         with suppress(UserError):  # a template that refuses these tells them apart
             same = tokenizer.apply_chat_template(others, **{**options, part: None}) == text
         if same:
-            raise UserError(f"the chat template leaves out {part}")
+            raise UserError(f"the chat template leaves out {part}; --chat_template names another")
     return text
 
 
@@ -440,7 +440,7 @@ class Tokenizer:
     def from_pretrained(cls, path_or_repo, *, revision=None):
         """Read tokenizer.json (or GPT-2's and OPT's vocab.json + merges.txt) and what goes with it. Raises
         UserError."""
-        names = [*TOKENIZER_FILES, "config.json", "generation_config.json"]
+        names = [*TOKENIZER_FILES, "config.json"]
         directory = Path(fetch(path_or_repo, revision, names))
         files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
         with where(directory):
@@ -742,12 +742,11 @@ def explicit_row(raw, prompt_column, as_conversation):
         raw = {**raw, **raw["input"], "input": None}
     names = () if prompt_column == "none" else (prompt_column or "prompt", *QUESTION)
     column = next((name for name in names if raw.get(name)), "prompt" if names else None)
-    answers = max(ANSWERS, key=lambda both: bool(raw.get(both[0])))  # of equals the first
+    answers = max(ANSWERS, key=lambda both: raw.get(both[0]) is not None)  # of equals the first
     question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
     if None in (chosen, rejected) or prompt_column not in ("", "none", *raw):
-        raise UserError("not a preference pair: chosen, rejected and "
-                        f"{prompt_column or 'prompt (if not shared)'} as strings or lists of role/content "
-                        f"messages; columns found: {', '.join(raw)}")
+        raise UserError(f"not a pair: chosen, rejected and {prompt_column or 'prompt (if not shared)'} as "
+                        f"strings or lists of role/content messages; columns found: {', '.join(raw)}")
     if column == "instruction" and raw.get("input"):
         question = f"{question}\n\n{raw['input']}"
     frame = [name for name in FRAME if raw.get(name)]
@@ -759,8 +758,7 @@ def explicit_row(raw, prompt_column, as_conversation):
     roles = [turn["role"] for turn in as_turns(chosen, "assistant")]
     sure = "user" in roles or (is_text and "\n\nAssistant:" in question)
     if not sure and names and raw.get(column) is None and sum(map(bool, raw.values())) > 2:
-        raise UserError("the prompt is in no known column; --prompt_column names another, or none; "
-                        f"columns found: {', '.join(raw)}")
+        raise UserError(f"no known column of a prompt; --prompt_column NAME or none; found: {', '.join(raw)}")
     repeated = chosen != raw[answers[0]]
     stands = is_text and not as_conversation and column in ("prompt", prompt_column, None)
     row = Row()
@@ -773,7 +771,7 @@ def explicit_row(raw, prompt_column, as_conversation):
             tools = json.loads(tools)
         row.template_options = {"tools": tools, **(raw.get("chat_template_kwargs") or {})}
     said = "".join("".join(map(plain_text, (question, chosen, rejected))).split())
-    for name in names:
+    for name in (*names, "system_prompt"):
         for turn in as_turns(raw.get(name), "user"):
             if "".join(plain_text([turn]).split()) not in said:
                 raise UserError(f"its {name} says what {column} does not; --prompt_column names one, or none")

@@ -439,7 +439,7 @@ class Transformer(nn.Module):
 
     gradient_checkpointing = False  # True: compute each block again in the backward pass
     file_dtype = torch.float32  # of the weights in the files
-    generation_config = None  # generation_config.json as it was read
+    generation_config = {}  # generation_config.json as it was read
 
     def __init__(self, config, hf_config=None):
         super().__init__()
@@ -509,7 +509,7 @@ class Transformer(nn.Module):
         x = m.project_in(m.embed_tokens(tokens))
         if torch.is_autocast_enabled(x.device.type):  # as above RMSNorm; frozen embeddings may be bf16
             x = x.float()
-        if c.scaled_embeddings:  # by sqrt(C), rounded as the weights are
+        if c.scaled_embeddings:  # by sqrt(C), rounded as x is
             x = x * x.new_full((), c.hidden_size**0.5)
         if c.learned_positions:
             x = x + m.embed_positions(positions + c.position_offset)

@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Tokenizer, UserError, as_turns, read_json, where, with_bos
+from data import Tokenizer, UserError, as_turns, where, with_bos
 from model import Cache, Transformer
 
 CHAT_HELP = "/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
@@ -37,7 +37,7 @@ class Flags:
     prompts: str = ""  # file of prompts, one a line, or .jsonl with `prompt`
     output: str = ""  # where the answers to --prompts go, as .jsonl (default: standard output)
     raw: bool = False  # do not use the chat template
-    system: str = ""  # system message before the prompt or chat
+    system: str = ""  # system message before the prompt or chat, also before messages with one of their own
     max_new_tokens: int = 256  # longest answer, in tokens
     temperature: float = None  # 0: the likeliest token (default: generation_config.json's, else 0)
     top_k: int = None  # sample among the k likeliest tokens; 0: all (default: likewise, else 0)
@@ -133,9 +133,9 @@ def prompt_ids(prompt, tokenizer, history=()):
     return with_bos(tokenizer.encode(prompt), tokenizer)
 
 
-def stop_ids(tokenizer):
+def stop_ids(model, tokenizer):
     """The ids that end an answer: EOS, generation_config.json's, what closes a turn of the template."""
-    listed = read_json("generation_config.json", tokenizer.files).get("eos_token_id")
+    listed = model.generation_config.get("eos_token_id")
     if not isinstance(listed, list):
         listed = [listed]
     stops = {tokenizer.eos_id, *listed} - {None}
@@ -320,7 +320,7 @@ def main(arguments):
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
         torch.set_num_threads(1)  # waking a second thread for so little work takes longer than the work
     options = sampling_options(model, flags)
-    options["stop_ids"] = stop_ids(tokenizer)
+    options["stop_ids"] = stop_ids(model, tokenizer)
     options["max_new_tokens"] = flags.max_new_tokens
     options["generator"] = torch.Generator(device).manual_seed(flags.seed)
     if prompts:

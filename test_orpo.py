@@ -404,8 +404,11 @@ def test_data_real_tokenizers_are_saved_unchanged_and_encode_as_transformers(nam
     for path in (REAL / name).glob("*.[jt]*"):  # all but the weights
         put(source / path.name, path.read_bytes())
     tok = Tokenizer.from_pretrained(source)
+    model = Transformer(Config.from_hf(SHAPE))
+    with suppress(UserError):  # it may have none
+        model.generation_config = read_json(source / "generation_config.json")
     shutil.rmtree(source)  # not needed any more
-    found = tok.eos_id, tok.bos_id, tok.adds_bos, bool(tok.chat_template), sample.stop_ids(tok)
+    found = tok.eos_id, tok.bos_id, tok.adds_bos, bool(tok.chat_template), sample.stop_ids(model, tok)
     assert found == TOKENIZERS[name]
     tok.save_pretrained(tmp_path)
     Tokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)  # onto itself: empties nothing
@@ -2470,15 +2473,36 @@ def test_train_a_run_goes_on_without_the_file_of_its_template(flags, tmp_path):
     assert "\ufeff" not in Tokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
+def test_train_a_run_that_was_killed_while_it_removed_another_can_be_overwritten(flags, tmp_path, monkeypatch):
+    run(tmp_path, flags, max_steps=1)
+    for _ in range(3):
+        with pytest.raises(InterruptedError), monkeypatch.context() as patch:
+            removed = []
+
+            def unlink(path):
+                if len(removed) == 2:
+                    raise InterruptedError
+                removed.append(path)
+                os.unlink(path)
+
+            patch.setattr(Path, "unlink", unlink)
+            run(tmp_path, flags, max_steps=1, overwrite_output_dir=True)
+    run(tmp_path, flags, max_steps=1, overwrite_output_dir=True)
+
+
 def test_train_adapters_resume_where_config_json_alone_names_the_end(flags, tmp_path):
     files = demo_tokenizer().files | {"tokenizer_config.json": b"{}"}
     files["config.json"] = json.dumps(dict(eos_token_id=256)).encode()
     model = make_model(tmp_path / "model", SHAPE | dict(eos_token_id=256), Tokenizer(files))
-    common = flags | dict(model=model, lora_r=2)
+    put(model / "generation_config.json", dict(eos_token_id=[*range(0, 256, 2)]))  # ends of answers, too
+    common = flags | dict(model=model, lora_r=2, eval_steps=1, generate_during_eval=1)
     run(tmp_path / "whole", common, max_steps=4)
     run(tmp_path / "out", common, max_steps=2)
     run(tmp_path / "out", resume=True, max_steps=4)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    answers = [line["answer"] for line in lines(tmp_path / "out", "samples.jsonl")]
+    assert answers == [line["answer"] for line in lines(tmp_path / "whole", "samples.jsonl")]
+    assert len(answers) == 5 and answers[0] == ""  # an end at once
 
 
 @pytest.mark.parametrize("first, then", [(2, 4), (0, 2), (2, 0), (1, 2)])
@@ -3192,6 +3216,8 @@ MORE_FORMS = {  # name: a row as people have it, then prompt, chosen, rejected a
                               **TEXTS_OF_PAIR), [S, M, N, Q], [G], [B]),
     "history of turns": (dict(question="q", history=[M, N], **TEXTS_OF_PAIR), [M, N, Q], [G], [B]),
     "empty frame": (dict(prompt="q", system="", history=[], tools=None, **TEXTS_OF_PAIR), "q", "good", "bad"),
+    "an empty answer": (dict(question="q", chosen_response="", rejected_response="bad"), [Q],
+                        [assistant("")], [B]),
     "null beside other answers": (dict(prompt="q", chosen=None, rejected=None, chosen_response="good",
                                        rejected_response="bad"), "q", "good", "bad"),
     "a column without a name": ({"": "3", "prompt": "q", **TEXTS_OF_PAIR}, "q", "good", "bad"),
@@ -3278,6 +3304,7 @@ BAD_ROWS = {  # what is wrong: a row, and what the line says
     "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt says what"),
     "a prompt with a system of its own": (dict(prompt=[turn("system", "!"), Q], chosen=[Q, G],
                                                rejected=[Q, B]), "its prompt says what"),
+    "two systems": (dict(system="s", system_prompt="t", prompt="q", **TEXTS_OF_PAIR), "its system_prompt says"),
     "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "f("}], **TURNS_OF_PAIR), "JSON"),
 }
 
@@ -3333,7 +3360,7 @@ HIDES = EACH + "{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.conte
     ("tools", conversation() | {"tools": [TOOL]}), ("tools", conversation() | {"tools": json.dumps([TOOL])})])
 def test_data_what_a_template_leaves_out_is_refused_by_name(part, row, tmp_path):
     rows = read_pairs(put(tmp_path / "a.jsonl", [row]))
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: the chat template leaves out {part}$"):
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: the chat template leaves out {part};"):
         tokenize_pairs(rows, byte_tokenizer(template=HIDES))
     tokenize_pairs(rows, byte_tokenizer(template=SHOWS))
 

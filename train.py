@@ -174,7 +174,8 @@ def train(flags, checkpoint, device, report):
     if checkpoint:
         start, recent = load_checkpoint(checkpoint, model, optimizer, fingerprint)
         if start > total:
-            raise UserError(f"{checkpoint} has more than the {total} steps asked for")
+            raise UserError(f"{checkpoint} is beyond the {total} steps asked for; raise --max_steps or "
+                            "--num_train_epochs")
     begin_files(flags, checkpoint, start)
     print0(f"{size:,} parameters, {len(pairs)} pairs, {total} steps, {flags.dtype} on {WORLD_SIZE} "
            f"{device.type}, beta {flags.beta:g}, rate {flags.learning_rate:.2g}")
@@ -276,7 +277,7 @@ def parse_flags(arguments):
         checkpoint = newest_checkpoint(given.get("output_dir", Flags.output_dir))
     if checkpoint:
         recorded = from_file(parser, checkpoint / "train_config.json")
-        recorded["chat_template"] = ""  # it is in the checkpoint
+        del recorded["chat_template"]  # it is in the checkpoint
         given = recorded | given
     demo = not (given.get("model") or given.get("data") or given.get("eval_data"))
     flags = Flags(**(DEMO | given if demo else given))
@@ -340,7 +341,7 @@ def newest_checkpoint(output_dir):
     if not found:
         return None
     newest = found[-1]
-    with where(f"{newest} is damaged; remove it to continue from the one before"):
+    with where(f"{newest} is damaged or another program's; remove it, or choose another --output_dir"):
         read_json(newest / "state.json")
         find_tensors(newest, "optimizer")
         if not read_json(newest / "train_config.json").get("lora_r"):
@@ -617,8 +618,8 @@ def as_line(values):
 
 def run_files(out):
     """What a run has written there, by name."""
-    names = ["metrics.jsonl", "samples.jsonl", "train_config.json", "adapter", *MODEL_FILES,
-             *data.TOKENIZER_FILES]
+    names = ["metrics.jsonl", "samples.jsonl", "adapter", *MODEL_FILES, *data.TOKENIZER_FILES,
+             "train_config.json"]  # the last to go: without it the others would be nobody's
     return checkpoints(out) + [path for name in names for path in out.glob(name)]
 
 
@@ -723,7 +724,7 @@ def answers_to(flags, model, tokenizer, pairs, count, max_new_tokens):
         return []
     # not compiled: it would be a graph for each length
     with torch.compiler.set_stance("force_eager"), autocast(flags, model.lm_head.weight.device):
-        return list(zip(prompts, continuations(model, prompts, max_new_tokens, stop_ids(tokenizer))))
+        return list(zip(prompts, continuations(model, prompts, max_new_tokens, stop_ids(model, tokenizer))))
 
 
 def autocast(flags, device):
