@@ -917,15 +917,8 @@ class UserError(Exception):
 
 
 # What is not the user's to put right, or the user's own doing: `where` lets these pass as they are.
-PASSING = (
-    KeyboardInterrupt,
-    SystemExit,
-    GeneratorExit,
-    MemoryError,
-    torch.OutOfMemoryError,
-    AssertionError,
-    NameError,
-)
+PASSING = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, torch.OutOfMemoryError, AssertionError,
+           NameError)
 
 
 @contextmanager
@@ -951,12 +944,8 @@ def fetch(path_or_repo, revision=None, patterns=None, repo_type="model"):
     from huggingface_hub import snapshot_download
 
     with where(f"{path_or_repo}: no directory here, and the hub did not give it"):
-        return snapshot_download(
-            str(path_or_repo),
-            revision=revision or None,
-            repo_type=repo_type,
-            allow_patterns=patterns,
-        )
+        return snapshot_download(str(path_or_repo), revision=revision or None, repo_type=repo_type,
+                                 allow_patterns=patterns)
 
 
 def read_json(path, files=None):

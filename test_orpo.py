@@ -2473,7 +2473,7 @@ def test_train_a_run_goes_on_without_the_file_of_its_template(flags, tmp_path):
     assert "\ufeff" not in Tokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
-def test_train_a_run_that_was_killed_while_it_removed_another_can_be_overwritten(flags, tmp_path, monkeypatch):
+def test_train_a_run_killed_while_it_removed_another_can_be_overwritten(flags, tmp_path, monkeypatch):
     run(tmp_path, flags, max_steps=1)
     for _ in range(3):
         with pytest.raises(InterruptedError), monkeypatch.context() as patch:
@@ -2838,7 +2838,9 @@ def test_train_leaves_out_a_step_that_is_not_finite(flags, tmp_path, monkeypatch
     for out, steps in ((a, 4), (b, 3)):
         on_step(monkeypatch, lambda step, logps: fault(logps) if step == 3 else None)
         run(out, flags, eval_pairs=0, save_steps=1, logging_steps=2, max_steps=steps)
-    assert re.search(r"step 4/4.*\n1 steps skipped", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"step 4/4.*\n1 steps skipped", printed)
+    assert printed.count("1 steps skipped") == 2  # also where a line's only step is
     assert steps_of(a) == [2, 4]
     assert weights(b / "checkpoint-2") == weights(a / "checkpoint-2")
     assert weights(b / "checkpoint-3") == weights(b / "checkpoint-2")  # the optimizer, too
@@ -3304,7 +3306,7 @@ BAD_ROWS = {  # what is wrong: a row, and what the line says
     "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt says what"),
     "a prompt with a system of its own": (dict(prompt=[turn("system", "!"), Q], chosen=[Q, G],
                                                rejected=[Q, B]), "its prompt says what"),
-    "two systems": (dict(system="s", system_prompt="t", prompt="q", **TEXTS_OF_PAIR), "its system_prompt says"),
+    "two systems": (dict(system="s", system_prompt="t", prompt="q", **TEXTS_OF_PAIR), "its system_prompt"),
     "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "f("}], **TURNS_OF_PAIR), "JSON"),
 }
 

@@ -766,9 +766,10 @@ def save_checkpoint(flags, model, tokenizer, optimizer, fingerprint, step, recen
             shutil.rmtree(unfinished, ignore_errors=True)
             write_tensors(unfinished, "optimizer", tensors)
             tokenizer.save_pretrained(unfinished)
-            write_json(unfinished / "config.json", model.hf_config)  # some tokenizers' EOS stands there alone
             if weights:
                 model.save_pretrained(unfinished, torch.float32, weights)
+            else:  # of adapters; but some tokenizers' EOS stands in config.json alone
+                write_json(unfinished / "config.json", model.hf_config)
             write_json(unfinished / "train_config.json", recorded_flags(flags))
             write_json(unfinished / "state.json", dict(step=step, pairs=fingerprint, recent=recent,
                                                        clock=tokenizer.clock.isoformat()))
