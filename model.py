@@ -332,7 +332,7 @@ class Block(nn.Module):
         self.attention_norm = norm(config.norm_outputs)  # of what it puts out
         # before the MLP, in spite of its name, which is Llama's
         self.post_attention_layernorm = None if config.parallel else norm(config.norm_inputs)
-        self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
+        self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.post_feedforward_layernorm = norm(config.norm_outputs)  # of what it puts out
 
     def forward(self, x, rotary, layout):
@@ -406,9 +406,9 @@ class TargetLogps(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen
         db = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         with torch.autocast(h.device.type, enabled=False):
-            for chunk, rows in enumerate(chunks(h, w)):
-                all_logps = ctx.kept[chunk] if ctx.kept else vocabulary_logps(h[rows], w, bias)
-                d = all_logps.exp()  # (rows, V)
+            for rows in chunks(h, w):
+                d = ctx.kept.pop(0) if ctx.kept else vocabulary_logps(h[rows], w, bias)  # (rows, V)
+                d.exp_()
                 d[torch.arange(len(d), device=d.device), targets[rows]] -= 1
                 d *= -grad[rows, None]  # the gradient of the logits: (onehot - softmax) * grad
                 if db is not None:
@@ -525,6 +525,7 @@ class Transformer(nn.Module):
         where not scored."""
         half = compute_dtype(self.lm_head.weight).itemsize == 2
         flash = batch.inputs.is_cuda and half and self.config.head_dim % 8 == 0
+        flash = flash and not torch.version.hip  # AMD's may align queries with the first keys, not the last
         x = self.hidden(batch.inputs, batch.positions, Packed(batch, flash))  # (T, C)
         scored = slice(None) if batch.scored is None else batch.scored
         logps = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -647,8 +648,6 @@ class Transformer(nn.Module):
             "base_model_name_or_path": base,
             "r": r,
             "lora_alpha": alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
             "target_modules": sorted({name.split(".")[-2] for name in adapters})})
 
 
@@ -788,7 +787,6 @@ class Config:
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 0  # 0: as intermediate_size
-    moe_layers: list = None  # the layers that have experts
     norm_topk_prob: bool = False
 
     @classmethod
@@ -818,7 +816,6 @@ class Config:
             c.windows = windows_of(c)
             c.ropes = {} if c.learned_positions else {window: rope_of(c, window) for window in c.windows}
             c.rotated = getattr(c, "no_rope_layers", [not c.learned_positions] * c.num_hidden_layers)
-            c.moe_layers = list(range(c.num_hidden_layers)) if c.num_experts else []
         return c
 
 
@@ -992,8 +989,9 @@ def find_tensors(directory, stem):
             if any(Path(name).name != name for name in names):
                 raise UserError("names files outside of its directory")
     elif not Path(directory, names[0]).exists():
-        raise UserError(f"no {names[0]}; pickled weights (.bin) can run code when loaded and are refused: "
-                        "convert them with transformers, or take the hub's conversion: --revision refs/pr/N")
+        raise UserError(f"no {names[0]} (a checkpoint of adapters has none, its run's directory does); pickled "
+                        "weights (.bin) can run code when loaded and are refused: convert them with "
+                        "transformers, or take the hub's conversion: --revision refs/pr/N")
     found = {}
     for name in names:
         path = Path(directory, name)

@@ -103,8 +103,8 @@ def closed_form(chosen_logps, rejected_logps):
 # The check: autograd, finite differences and the closed form have to say the same.
 
 CHECKED_PAIRS = [  # (log P_w, log P_l)
-    (-1.0, -1.0), (-0.5, -2.0), (-2.0, -0.5), (-0.7, -0.69),  # as in training
-    (-1e4, -1e4), (-1e4, -1.0), (-1.0, -1e4), (-50.0, -60.0),  # nearly impossible
+    (-1.0, -1.0), (-0.5, -2.0), (-2.0, -0.5),  # as in training
+    (-1e4, -1e4), (-1e4, -1.0), (-1.0, -1e4),  # nearly impossible
     (-1e-4, -1.0), (-1e-8, -0.1), (-1.0, -1e-8),  # nearly certain
     (-1e-10, -1e-9), (-1e-20, -2.0),
     (0.0, -1.0), (-1.0, 0.0), (0.0, 0.0),  # certain
@@ -197,16 +197,6 @@ def check_decoder(beta=0.3):
     ]
 
 
-def ratio_spread(count=50_000):
-    """Standard deviations of 0.2 log PR, log PR and log OR over pairs of uniform probabilities: the paper's
-    Figure 6."""
-    generator = torch.Generator().manual_seed(0)
-    logps = torch.rand(2, count, generator=generator, dtype=torch.float64).log()
-    log_pr = logps[0] - logps[1]
-    log_or = log_odds(logps[0]) - log_odds(logps[1])
-    return [x.std().item() for x in (0.2 * log_pr, log_pr, log_or)]
-
-
 def main():
     """Print the checks as tables; 1 if anything is not as it should be, else 0."""
     wrong = 0
@@ -227,9 +217,6 @@ def main():
         verdict = "agrees" if agrees else "disagrees"
         must = "must" if agrees == should_agree else "MUST NOT"
         print(f"{name:42} {found:8.1e}   {verdict}, as it {must}")
-    fifth_pr, pr, odds = ratio_spread()
-    print("\nStandard deviations over 50,000 uniform pairs (the paper's Figure 6): "
-          f"0.2 log PR {fifth_pr:.2f}, log PR {pr:.2f}, log OR {odds:.2f}")
     print(f"\n{wrong} rows are not as they should be." if wrong else "\nAll as it should be.")
     return 1 if wrong else 0
 

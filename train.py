@@ -946,8 +946,9 @@ def explain(error):
     """One line about an error that is no mistake of this code, else None."""
     if isinstance(error, UserError | OSError):
         return str(error)
-    # the latter are the words of PyTorch's allocator on a CPU: can't, or can not
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(error):
+    # as PyTorch's allocators (can't, or can not), NCCL and cuBLAS say it
+    no_memory = "t allocate memory|out of memory|ALLOC_FAILED"
+    if isinstance(error, MemoryError) or re.search(no_memory, str(error)):
         return "out of memory; lower --max_tokens or add --gradient_checkpointing: the result stays the same"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return f"--compile needs a C++ compiler, on a GPU Triton ({type(error).__name__}); leave it out"
