@@ -314,7 +314,7 @@ class Pairs:
     def select(self, indices):
         """The pairs of the given indices, in that order, as new Pairs."""
         parts = [part for i in indices for part in self[i]]
-        return Pairs.joined(parts, self.rows[indices], self.report)
+        return Pairs.joined(parts, self.rows[indices])
 
 
 def tokenize_pairs(rows, tokenizer, max_length=1024, max_prompt_length=None, truncation_mode="keep_end",
@@ -358,11 +358,15 @@ def tokenize_pairs(rows, tokenizer, max_length=1024, max_prompt_length=None, tru
     return Pairs.joined(kept_parts, kept_rows, report)
 
 
-def plain_text(response):
-    """A response's text: a string, or what all its messages say."""
-    if isinstance(response, str):
-        return response
-    return "".join(f"{turn['content'] or ''}{turn.get('tool_calls') or ''}" for turn in response)
+def plain_text(said):
+    """The text of a string, or what all messages say."""
+    if isinstance(said, str):
+        return said
+    return "".join(f"{turn['content'] or ''}{turn.get('tool_calls') or ''}" for turn in said)
+
+
+def without_space(said):
+    return "".join(plain_text(said).split())
 
 
 def describe(pairs, tokenizer, prompt_loss):
@@ -581,6 +585,9 @@ FRAME = (
     "tools",  # a list for the template, also as JSON
     "chat_template_kwargs",  # more names for the template
 )
+# Columns that can be part of what is asked, and are not read: what they say has to stand in the question.
+UNREAD = ("system_prompt", "system_message", "context", "documents", "image", "images", "audio", "video")
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 # Roles as data name them (in upper or lower case), and as templates do.
 ROLES = {
     "system": "system",
@@ -606,6 +613,7 @@ class Row(dict):
     template_options: more names for the chat template."""
 
     form = "prompt, chosen, rejected as conversations"
+    template_options = {}
 
 
 def read_pairs(sources, *, prompt_column="", as_conversation=False):
@@ -620,7 +628,7 @@ def read_pairs(sources, *, prompt_column="", as_conversation=False):
     for path in find_files(sources):
         for place, raw in raw_rows(path):
             with where(f"{path}, {place}"):
-                row = explicit_row(raw, prompt_column, as_conversation)
+                row = explicit_row(decoded(raw), prompt_column, as_conversation)
             row.place = f"{path}, {place}"
             rows.append(row)
     if not rows:
@@ -674,7 +682,7 @@ def files_of(source):
     if ":" in source and not os.path.isdir(source):
         name, _, split = source.partition(":")
     # train-00000-of-00001.parquet, train.jsonl, train/0.parquet; not train_sft-00000..., another split
-    pattern = rf"(^|[/_-]){re.escape(split)}[-./]"
+    pattern = rf"(^|/){re.escape(split)}/|(^|[/_-]){re.escape(split)}[-.][^/]*$"
     for glob in (f"*{split}*", "*"):  # in a data set of one file it may have any name
         patterns = [glob + extension for extension in EXTENSIONS]
         root = Path(fetch(name, patterns=patterns, repo_type="dataset"))
@@ -687,9 +695,11 @@ def files_of(source):
         found = files
     if not found:
         raise UserError(f"{source}: no files of split '{split}' among {files}; name one as {name}:SPLIT")
-    folders = sorted({os.path.dirname(file).removesuffix(split).rstrip("/") for file in found})
-    if len(folders) > 1:
-        raise UserError(f"{source}: '{split}' is in {folders}; name one as {name}:FOLDER/{split}")
+    kinds = sorted({os.path.join(os.path.dirname(file).removesuffix(split), "*" + Path(file).suffix)
+                    for file in found})
+    if len(kinds) > 1:  # other data, or the same rows again
+        raise UserError(f"{source}: '{split}' is in {kinds}; name one folder as {name}:FOLDER/{split}, or "
+                        "the files of one kind")
     return [str(root / file) for file in found]
 
 
@@ -702,7 +712,7 @@ def raw_rows(path):
     opener = gzip.open if path.endswith(".gz") else open
     with where(path), opener(path, "rb") as file:
         head = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte-order mark is no text
-        if head.startswith(b"["):
+        if head.startswith(b"[") and path.endswith(EXTENSIONS):  # other files: lines of text
             for number, row in enumerate(json.loads(file.read()), 1):
                 yield f"row {number}", row
             return
@@ -732,16 +742,21 @@ def without_nulls(value):
     return value
 
 
-def explicit_row(raw, prompt_column, as_conversation):
-    """A row of raw_rows, in any of the supported forms -> Row."""
+def decoded(raw):
+    """The object that a row of raw_rows is."""
     if isinstance(raw, bytes):
         raw = json.loads(raw)
     if not isinstance(raw, dict):
         raise UserError(f"a JSON object is expected, not a {type(raw).__name__}")
+    return raw
+
+
+def explicit_row(raw, prompt_column="", as_conversation=False):
+    """A row, in any of the supported forms -> Row."""
     if isinstance(raw.get("input"), dict):
         raw = {**raw, **raw["input"], "input": None}
-    names = () if prompt_column == "none" else (prompt_column or "prompt", *QUESTION)
-    column = next((name for name in names if raw.get(name)), "prompt" if names else None)
+    names = {"": QUESTION, "none": [None]}.get(prompt_column, [prompt_column])
+    column = next((name for name in names if raw.get(name)), names[0])
     answers = max(ANSWERS, key=lambda both: raw.get(both[0]) is not None)  # of equals the first
     question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
     if None in (chosen, rejected) or prompt_column not in ("", "none", *raw):
@@ -757,7 +772,7 @@ def explicit_row(raw, prompt_column, as_conversation):
     # has no columns but the two of them.
     roles = [turn["role"] for turn in as_turns(chosen, "assistant")]
     sure = "user" in roles or (is_text and "\n\nAssistant:" in question)
-    if not sure and names and raw.get(column) is None and sum(map(bool, raw.values())) > 2:
+    if not sure and column and raw.get(column) is None and sum(map(bool, raw.values())) > 2:
         raise UserError(f"no known column of a prompt; --prompt_column NAME or none; found: {', '.join(raw)}")
     repeated = chosen != raw[answers[0]]
     stands = is_text and not as_conversation and column in ("prompt", prompt_column, None)
@@ -770,11 +785,14 @@ def explicit_row(raw, prompt_column, as_conversation):
         if isinstance(tools, str):
             tools = json.loads(tools)
         row.template_options = {"tools": tools, **(raw.get("chat_template_kwargs") or {})}
-    said = "".join("".join(map(plain_text, (question, chosen, rejected))).split())
-    for name in (*names, "system_prompt"):
-        for turn in as_turns(raw.get(name), "user"):
-            if "".join(plain_text([turn]).split()) not in said:
-                raise UserError(f"its {name} says what {column} does not; --prompt_column names one, or none")
+    asked = without_space(question)
+    answered = without_space(chosen) + without_space(rejected)
+    for name in (*names, *UNREAD):
+        with where(f"its {name}"):
+            for turn in as_turns(raw.get(name), "user"):
+                if without_space([turn]) not in asked + answered * (turn["role"] == "assistant"):
+                    raise UserError(f"{column} does not say this; --prompt_column names what to ask, or none "
+                                    "where the answers repeat it")
     row.update(prompt=question, chosen=chosen, rejected=rejected)
     filled = ", ".join(dict.fromkeys(name for name in (*names, *answers, *frame) if raw.get(name)))
     kind = "text" if isinstance(question, str) else "conversations"
@@ -787,7 +805,7 @@ def as_turns(value, role):
     ShareGPT's words, pairs of a question and its answer, or hold OpenAI's blocks of text."""
     if isinstance(value, str):
         value = {"role": role, "content": value}
-    if isinstance(value, dict):
+    if not isinstance(value, list | None):
         value = [value]
     messages = []
     for turn in value or []:
@@ -809,7 +827,7 @@ def as_message(turn):
     if isinstance(content, list):
         for block in content:
             if "text" not in block:
-                raise UserError(f"a message has a block of type {block.get('type')}; only text can be read")
+                raise UserError(f"a message has the block {str(block)[:60]}; only text can be read")
         content = "".join(block["text"] for block in content)
     if role == "function_call":
         calls = json.loads(content)
@@ -833,12 +851,15 @@ def split_turns(raw, question, chosen, rejected):
     prompt = chosen[:shared]
     if not any(turn["role"] == "user" for turn in prompt):
         prompt = prompt + as_turns(question or [], "user")
-    for turn in chosen[shared : shared + 1] + rejected[shared : shared + 1]:
-        if turn["role"] != "assistant":
-            raise UserError(f"an answer is the assistant's; this one begins with the role {turn['role']}")
+    for turns in (chosen[shared:], rejected[shared:]):
+        for turn in turns[:1] + turns[-1:]:
+            if turn["role"] != "assistant":
+                raise UserError(f"an answer begins and ends with the assistant, not the role {turn['role']}")
     system = as_turns(raw.get("system") or raw.get("system_prompt"), "system")
     system = [turn for turn in system if turn not in prompt]
     prompt = system + as_turns(raw.get("history"), "user") + prompt
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise UserError("an answer needs a message before it that the assistant did not write")
     return prompt, chosen[shared:], rejected[shared:]
 
 
@@ -847,6 +868,8 @@ def split_text(question, chosen, rejected):
     "\\n\\nAssistant:" after which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word
     boundary that both have. A question that both answers repeat is taken off them, if it is not so short
     that they may just begin like it."""
+    if any(map(TURNS_AS_TEXT.match, (question or "", chosen))):
+        raise UserError("its messages are written as text; lists of messages are expected")
     shared = os.path.commonprefix([chosen, rejected])
     end = 0
     if question is None:

@@ -11,7 +11,6 @@ does not.
 import argparse
 import inspect
 import json
-import math
 import re
 import sys
 import time
@@ -23,7 +22,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Tokenizer, UserError, as_turns, where, with_bos
+from data import (EXTENSIONS, Tokenizer, UserError, as_turns, conversation_text, decoded, explicit_row,
+                  raw_rows, where, with_bos)
 from model import Cache, Transformer
 
 CHAT_HELP = "/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
@@ -34,7 +34,7 @@ class Flags:
     model: str = "out"  # directory or hub id
     revision: str = ""  # branch, tag or commit of a hub id
     prompt: str = None  # one prompt: print its answer and end
-    prompts: str = ""  # file of prompts, one a line, or .jsonl with `prompt`
+    prompts: str = ""  # file of prompts: lines of text, or rows as train.py's --data has them
     output: str = ""  # where the answers to --prompts go, as .jsonl (default: standard output)
     raw: bool = False  # do not use the chat template
     system: str = ""  # system message before the prompt or chat, also before messages with one of their own
@@ -124,13 +124,17 @@ def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
     return answers
 
 
-def prompt_ids(prompt, tokenizer, history=()):
-    """Ids of a prompt: messages, or a string as the user's turn if there is a chat template, through it and
-    after those of `history`."""
-    if tokenizer.chat_template or not isinstance(prompt, str):
-        turns = [*history, *as_turns(prompt, "user")]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    return with_bos(tokenizer.encode(prompt), tokenizer)
+def prompt_ids(prompt, tokenizer, history=(), **options):
+    """Ids of a prompt, a string or messages: through the chat template, after the messages of `history`; as
+    it stands where there is none.  options: more names for the template."""
+    turns = as_turns(prompt, "user")
+    text = turns[0]["content"]
+    if tokenizer.chat_template:
+        options["add_generation_prompt"] = True
+        text = conversation_text([*history, *turns], options, tokenizer)
+    elif len(turns) > 1:
+        raise UserError("several messages need a chat template")
+    return with_bos(tokenizer.encode(text), tokenizer)
 
 
 def stop_ids(model, tokenizer):
@@ -197,34 +201,34 @@ def chat(model, tokenizer, opening, options):
         elif text:
             try:
                 said = answer(model, tokenizer, prompt_ids(text, tokenizer, history), options)
-                history.append({"role": "user", "content": text})
-                history.append({"role": "assistant", "content": said})
+                history += as_turns(text, "user") + as_turns(said, "assistant")
             except UserError as error:  # one message that cannot be answered does not end the chat
                 print(f"{error} (/new starts afresh)", file=sys.stderr)
 
 
 def read_prompts(path):
-    """[(name, prompt)] of a file: one a line, or .jsonl lines with text or messages under the name `prompt`
-    or, as AlpacaEval has it, `instruction`."""
+    """[(row, what train.py makes of it)] of a file: lines of text, or rows in any form that train.py reads;
+    they need no answers."""
     prompts = []
-    with where(path), open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            with where(f"line {number}"):
-                row = json.loads(line) if ".json" in path else {"prompt": line.rstrip("\n")}
-                name = "instruction" if "instruction" in row else "prompt"
-                prompt = row[name]
-                prompts.append((name, prompt if isinstance(prompt, str) else as_turns(prompt, "user")))
-        if not prompts:
-            raise UserError("no prompts in it")
+    for place, raw in raw_rows(path):
+        with where(f"{path}, {place}"):
+            is_text = not path.endswith(EXTENSIONS)
+            row = {"prompt": raw.decode("utf-8-sig").strip("\r\n")} if is_text else decoded(raw)
+            asked = explicit_row({"chosen": "", "rejected": ""} | row)
+            if not asked["prompt"]:
+                raise UserError(f"no prompt; columns found: {', '.join(row)}")
+            prompts.append((row, asked))
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it")
     return prompts
 
 
 def answer_file(model, tokenizer, prompts, opening, flags, options):
     """Answer a file of prompts in its order, writing as they come."""
-    ids = [prompt_ids(prompt, tokenizer, opening) for _, prompt in prompts]
     with where(flags.prompts):
+        ids = []
+        for _, asked in prompts:
+            ids.append(prompt_ids(asked["prompt"], tokenizer, opening, **asked.template_options))
         check_prompts(model, ids)
     with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
@@ -237,9 +241,9 @@ def answer_file(model, tokenizer, prompts, opening, flags, options):
         batch = ids[first : first + flags.batch_size]
         answers = continuations(model, batch, **options)
         count += sum(map(len, answers))
-        for (name, prompt), asked, new in zip(prompts[first:], batch, answers):
-            text = tokenizer.decode(new, after=asked)
-            file.write(json.dumps({name: prompt, "answer": text}, ensure_ascii=False) + "\n")
+        for (row, _), asked, new in zip(prompts[first:], batch, answers):
+            row["answer"] = tokenizer.decode(new, after=asked)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print_speed(count, start)
 
 
@@ -273,7 +277,7 @@ def make_parser(cls, program, description):
 def check_numbers(flags, positive, error):
     """Call error(line) for a number that is negative or not finite, or 0 where it has to be positive."""
     for name, value in vars(flags).items():
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
+        if isinstance(value, int | float) and not 0 <= value < 2**63:  # NaN neither
             error(f"--{name} {value} is out of range")
         if value == 0 and name in positive:
             error(f"--{name} must be positive")
@@ -285,7 +289,7 @@ def parse_flags(arguments):
     check_numbers(flags, ["max_new_tokens", "batch_size", "top_p"], parser.error)
     if flags.prompt is not None and flags.prompts:
         parser.error("--prompt and --prompts: give one of the two")
-    if flags.top_p is not None and flags.top_p > 1:
+    if (flags.top_p or 0) > 1:
         parser.error("--top_p must be at most 1")
     if flags.output and not flags.prompts:
         parser.error("--output is for the answers to --prompts, which is missing")
@@ -309,16 +313,14 @@ def main(arguments):
     flags = parse_flags(arguments)
     prompts = read_prompts(flags.prompts) if flags.prompts else []  # before the model: mistakes show at once
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformer.from_pretrained(flags.model, revision=flags.revision)
+    model = Transformer.outline(flags.model, revision=flags.revision).requires_grad_(False)
     tokenizer = Tokenizer.from_pretrained(flags.model, revision=flags.revision)
-    model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model.load(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
     if flags.raw:
         tokenizer.chat_template = None  # a prompt as it stands
     if flags.system and not tokenizer.chat_template:
         raise UserError("--system needs a chat template")
-    opening = [{"role": "system", "content": flags.system}] if flags.system else []
-    if device == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
-        torch.set_num_threads(1)  # waking a second thread for so little work takes longer than the work
+    opening = as_turns(flags.system or None, "system")
     options = sampling_options(model, flags)
     options["stop_ids"] = stop_ids(model, tokenizer)
     options["max_new_tokens"] = flags.max_new_tokens

@@ -562,7 +562,7 @@ FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as rea
     "HH, questions differ": (dict(chosen=HI + "yes\n\nHuman: a" + HI, rejected=HI + "yes\n\nHuman: b" + HI),
                              HI + "yes\n\nHuman:", " a" + HI, " b" + HI),  # the Assistant: there has answered
     "ids, spaces": (dict(chosen=[Q | {"id": 1}, G], rejected=[user("q\n"), B]), [Q | {"id": 1}], [G], [B]),
-    "one continues the other": (dict(chosen=[Q, G, Q], rejected=[Q, G]), [Q], [G, Q], [G]),
+    "one continues the other": (dict(chosen=[Q, G, Q, G], rejected=[Q, G]), [Q], [G, Q, G], [G]),
     "several turns to answer": (dict(chosen=[Q, G, Q, G], rejected=[Q, B]), [Q], [G, Q, G], [B]),
     "ultrafeedback": (dict(prompt=" q\n", chosen=[S, Q, G], rejected=[S, Q, B], score=9.0), [S, Q], [G], [B]),
     "prompt not repeated, system": (dict(prompt="q", chosen=[S, G], rejected=[S, B]), [S, Q], [G], [B]),
@@ -649,10 +649,23 @@ def test_data_sources_and_splits(sources, expected, tmp_path, monkeypatch):
     for name, mark in files.items():
         put(tmp_path / ("12:00" if sources == "12:00" else "x") / name, [PAIR | {"chosen": mark}])
     if expected == "ambiguous":  # a hub data set of several configurations
-        with pytest.raises(UserError, match="'train' is in .*'data', 'more'"):
+        with pytest.raises(UserError, match="'train' is in .*'data/\\*.jsonl', 'more/"):
             read_pairs(sources)
     else:
         assert "".join(row["chosen"] for row in read_pairs(sources)) == expected
+
+
+def test_data_a_split_is_neither_read_twice_nor_found_in_another(tmp_path):
+    for name in ("train.json", "train.jsonl"):
+        put(tmp_path / "twice" / name, [PAIR])
+    with pytest.raises(UserError, match=r"'train' is in .*\*.json', '\*.jsonl"):
+        read_pairs(str(tmp_path / "twice"))
+    for name in ("train", "dev"):
+        put(tmp_path / "one" / f"train-data/{name}.jsonl", [PAIR | {"chosen": name}])
+    assert [row["chosen"] for row in read_pairs(str(tmp_path / "one"))] == ["train"]
+    put(tmp_path / "none/train-test-split/test.jsonl", [PAIR])
+    with pytest.raises(UserError, match="no files of split 'train'"):
+        read_pairs(str(tmp_path / "none"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2251,6 +2264,18 @@ def test_train_evaluates_a_model_as_it_is(flags, model, tmp_path):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
+def test_train_evaluates_each_file_as_if_it_were_alone(tmp_path, capsys):
+    """Also where the rows settle the template: Alpaca's text for one, turns for the other."""
+    model = make_model(tmp_path / "model", tokenizer=BARE)
+    files = [put(tmp_path / "turns.jsonl", [conversation()]),
+             put(tmp_path / "alpaca.jsonl", [dict(instruction="Do.", chosen="good", rejected="bad")])]
+    found = {}
+    for number, sources in enumerate((files, files[:1], files[1:])):
+        run(tmp_path / str(number), model=model, eval_data=sources, max_steps=0)
+        found[number] = [line["eval_loss"] for line in lines(tmp_path / str(number))]
+    assert found[0] == found[1] + found[2]
+
+
 @pytest.mark.parametrize("template, shown", [
     ("{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}>>", "How are you?"),
     ("{{ messages[-1].content }}", "How are you?"),  # nothing stands around the words
@@ -2324,6 +2349,9 @@ def test_train_reports_under_transformers_names(flags, tmp_path, monkeypatch, ki
     assert last == "closed"
     assert {step for step, _ in told} == {0, 1}
     assert {(0, "eval/loss"), (1, "train/grad_norm"), (1, "eval/rewards/margins")} < {*told}
+    files = [put(tmp_path / name, [PAIR]) for name in ("a.jsonl", "b.jsonl")]
+    run(tmp_path / "only", model=flags["model"], eval_data=files, max_steps=0, report_to=kind)
+    assert {(0, f"{file}/loss") for file in files} < {*reporters[1].told}
 
 
 def test_train_push_to_hub_uploads_the_model_and_the_tokenizer(flags, tmp_path, monkeypatch):
@@ -2413,7 +2441,8 @@ def test_train_deletes_and_replaces_what_a_run_wrote_and_nothing_else(flags, who
     put(model / "generation_config.json", {"temperature": 0.5})
     monkeypatch.setattr(model_module, "SHARD_BYTES", 40_000)
     run(out, flags, model=model, max_steps=3)
-    mine = "notes.txt final/x checkpoint-x/y checkpoint-007/x checkpoint-²/x".split()
+    mine = ["notes.txt", "final/x", "checkpoint-x/y", "checkpoint-007/x", "checkpoint-²/x",
+            "model-best.safetensors", "model_old.safetensors"]
     for name in mine:
         put(out / name, "mine")
     run(out, resume=True, max_steps=4)
@@ -2466,6 +2495,25 @@ def test_train_resume_needs_only_the_checkpoint_and_equal_data(whole, flags, mod
     put(Path(moved), Path(moved).read_text().replace('"chosen": "x', '"chosen": "z', 1))
     with pytest.raises(UserError, match="pairs"):
         run(out, resume=True, data=moved, max_steps=6)
+
+
+def test_train_resume_on_a_full_disk_keeps_the_lines(whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "out")
+    kept = (out / "metrics.jsonl").read_bytes()
+    write_text = Path.write_text
+
+    def full(path, text, **more):
+        write_text(path, text[:99], **more)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        patched.setattr(train, "write_json", lambda path, value: None)
+        with pytest.raises(UserError, match="metrics.jsonl: make room, then --resume"):
+            run(out, resume=True)
+    assert (out / "metrics.jsonl").read_bytes() == kept
+    run(out, resume=True)
+    assert same_run(out, whole)
 
 
 def test_train_a_run_goes_on_without_the_file_of_its_template(flags, tmp_path):
@@ -2705,6 +2753,7 @@ def test_train_on_ranks_is_as_one_process_and_resumes(flags, tmp_path, count, sh
     run_ranks(many, count, common)
     close_runs(one, many)
     close(load_file(many / WEIGHTS), load_file(one / WEIGHTS), atol=1e-4)
+    assert not ("shard" in given and lines(many, "samples.jsonl"))
     cut_off(many, again, 4)
     run_ranks(again, count, resume=True)
     assert count > 2 or same_run(many, again, 4)
@@ -2715,7 +2764,7 @@ def test_train_on_ranks_is_as_one_process_and_resumes(flags, tmp_path, count, sh
 
 
 def test_train_every_rank_has_the_template_that_the_rows_settled(flags, tmp_path, monkeypatch):
-    """Only the first reads them. With --shard all generate, and must end at the same tokens."""
+    """Only the first reads them; all have the whole tokenizer afterwards."""
     template = put(tmp_path / "turns.jinja", "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
     file = put(tmp_path / "c.jsonl", [conversation(f"good {i}") for i in range(8)])
     model = make_model(tmp_path / "model", tokenizer=BARE)
@@ -2881,6 +2930,24 @@ def test_train_a_short_run_without_a_finite_step_fails(flags, tmp_path):
     with pytest.raises(UserError, match="finite"):
         run(tmp_path / "out", flags, model=broken, max_steps=2)
     assert not curve(tmp_path / "out", "loss")  # nor NaN
+
+
+def test_train_the_summary_leaves_out_an_evaluation_that_was_not_finite(flags, tmp_path, monkeypatch, capsys):
+    """Its numbers are null in metrics.jsonl; the table shows the first and the last that have any."""
+    evaluate = train.evaluate
+    evaluated = []
+
+    def fault(*arguments):
+        metrics = evaluate(*arguments)
+        evaluated.append(metrics["eval_logps/chosen"])
+        return metrics if len(evaluated) < 3 else dict.fromkeys(metrics, math.nan)
+
+    monkeypatch.setattr(train, "evaluate", fault)
+    run(tmp_path, flags, eval_steps=1, max_steps=2)
+    told = [line["eval_loss"] for line in lines(tmp_path) if "eval_loss" in line]
+    assert [loss is None for loss in told] == [False, False, True]
+    row = re.search(r"^log-prob chosen +(\S+) +(\S+)$", capsys.readouterr().out, re.M)
+    assert row.groups() == (f"{evaluated[0]:.3f}", f"{evaluated[1]:.3f}")
 
 
 def fault_on_rank_1():
@@ -3078,9 +3145,36 @@ def test_sample_file_is_answered_in_its_order_as_one_by_one(model, tmp_path, mon
     put(tmp_path / "eval.jsonl", [{"instruction": questions[1]}])  # AlpacaEval's name
     ask(**common, prompts=tmp_path / "eval.jsonl", output=tmp_path / "b.jsonl")
     assert lines(tmp_path, "b.jsonl") == [dict(instruction=questions[1], answer=shown[1]["answer"])]
+    put(tmp_path / "list.txt", "[INST] hi\n")  # not JSON, whatever it begins with
+    ask(**common, prompts=tmp_path / "list.txt", output=tmp_path / "d.jsonl")
+    assert [row["prompt"] for row in lines(tmp_path, "d.jsonl")] == ["[INST] hi"]
     put(tmp_path / "half.jsonl", '{"prompt": "\\ud83d"}')  # half a surrogate pair
     ask(**common, prompts=tmp_path / "half.jsonl", output=tmp_path / "c.jsonl")
     assert [row["prompt"] for row in lines(tmp_path, "c.jsonl")] == ["?"]
+
+
+def test_sample_asks_a_file_to_train_on_as_it_was_trained(tmp_path, monkeypatch):
+    """Whatever the columns: with the system, the tools, the history and the input, without the answers."""
+    template = ("{{ tools | tojson if tools }}" + EACH + "<{{ m.role }}>{{ m.content }}{% endfor %}"
+                "{{ '<assistant>' if add_generation_prompt }}")
+    tokenizer = tokenizer_of(demo_tokenizer().backend, eos_token="<|endoftext|>", chat_template=template)
+    model = make_model(tmp_path / "model", tokenizer=tokenizer)
+    rows = [conversation(), conversation() | {"tools": [TOOL]},
+            dict(chosen=[Q, G, Q, G], rejected=[Q, G, Q, B]),
+            dict(instruction="Do.", input="in", history=[["a", "b"]], **TEXTS_OF_PAIR),
+            dict(question="q", system="s", **TEXTS_OF_PAIR)]
+    for path in (put(tmp_path / "rows.jsonl", rows), put(tmp_path / "rows.json", json.dumps(rows))):
+        pairs = tokenize_pairs(read_pairs(path), tokenizer)
+        asked = []
+
+        def generate(network, prompts, *arguments, **choice):
+            asked.extend(prompts)
+            yield [None] * len(prompts)
+
+        monkeypatch.setattr(sample, "generate", generate)
+        ask(model, prompts=path, output=tmp_path / "a.jsonl")
+        assert asked == [pairs[i][0].tolist() for i in range(len(rows))]
+        assert lines(tmp_path, "a.jsonl") == [row | {"answer": ""} for row in rows]
 
 
 def test_sample_an_interrupted_file_keeps_the_first_answers(model, tmp_path, monkeypatch):
@@ -3112,6 +3206,8 @@ BAD_FLAGS = {  # the message names the first word, or what is behind the arrow
         --batch_size 0
         --max_steps 1.5
         --seed -1
+        --seed 9223372036854775808
+        --lora_alpha 0
         --learning_rate 0
         --learning_rate inf
         --lr_scheduler_type step
@@ -3168,7 +3264,12 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "train: a package is missing": ({}, dict(report_to="tensorboard"), "pip install tensorboard"),
     "train: an upload without network": ({}, dict(push_to_hub="me/mine", max_steps=1), "--push_to_hub"),
     "sample: broken JSON": ({"p.jsonl": '{"prompt": "x"}\n{"prompt": \n'}, {}, "p.jsonl.* line 2"),
-    "sample: a list": ({"p.json": '[\n {"prompt": "x"}\n]'}, dict(prompts="p.json"), "p.json.* line 1"),
+    "sample: a list of numbers": ({"p.json": '[\n 1\n]'}, dict(prompts="p.json"), "p.json, row 1: .* object"),
+    "sample: no prompt": ({"p.jsonl": [{"text": "x"}]}, {}, "line 1: no prompt; columns found: text"),
+    "sample: turns, no template": ({"p.jsonl": [{"prompt": [Q, G, Q]}]}, dict(raw=True), "p.jsonl: several"),
+    "sample: a template without system": (
+        {"p.jsonl": [PAIR], "model/chat_template.jinja": "{{ messages[-1].content }}|"}, dict(system="y"),
+        "leaves out system"),
     "sample: not UTF-8": ({"p.txt": b"caf\xe9\n"}, dict(prompts="p.txt"), "p.txt"),
     "sample: nowhere to write": ({"p.jsonl": [PAIR]}, dict(output="no/a.jsonl"), "--output|no/a.jsonl"),
     "sample: a system without template": ({"p.jsonl": [PAIR]}, dict(raw=True, system="y"), "--system"),
@@ -3296,7 +3397,7 @@ def test_data_prompt_column_none_means_none(tmp_path):
     row = dict(prompt="s q", question="x", chosen=[S, Q, G], rejected=[S, Q, B])
     file = put(tmp_path / "a.jsonl", [row])
     assert read_pairs(file, prompt_column="none") == [dict(zip(PAIR, ([S, Q], [G], [B])))]
-    with pytest.raises(UserError, match="line 1: its question says what prompt does not; .*none"):
+    with pytest.raises(UserError, match="line 1: its question: prompt does not say this; .*none"):
         read_pairs(file)
 
 
@@ -3309,13 +3410,23 @@ BAD_ROWS = {  # what is wrong: a row, and what the line says
     "an unknown role": (dict(prompt=[turn("critic", "x"), Q], **TURNS_OF_PAIR), "critic"),
     "no role": (dict(prompt=[{"content": "x"}], **TURNS_OF_PAIR), "role"),
     "no content": (dict(prompt=[{"role": "user"}], **TURNS_OF_PAIR), "content"),
-    "numbers": (dict(prompt=[Q], chosen=1, rejected=2), "not iterable"),
+    "numbers": (dict(prompt=[Q], chosen=1, rejected=2), "int is neither text"),
     "text and texts": (dict(prompt=["q"], **TURNS_OF_PAIR), "str is neither text"),
-    "two questions": (dict(prompt="p", input="more", **TEXTS_OF_PAIR), "its input says what"),
-    "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt says what"),
+    "two questions": (dict(prompt="p", input="more", **TEXTS_OF_PAIR), "its input: prompt does not say"),
+    "another prompt": (dict(prompt="other", chosen=[Q, G], rejected=[Q, B]), "its prompt: "),
     "a prompt with a system of its own": (dict(prompt=[turn("system", "!"), Q], chosen=[Q, G],
-                                               rejected=[Q, B]), "its prompt says what"),
+                                               rejected=[Q, B]), "its prompt: "),
     "two systems": (dict(system="s", system_prompt="t", prompt="q", **TEXTS_OF_PAIR), "its system_prompt"),
+    "an input that an answer repeats": (dict(prompt="Correct.", input="He go.", chosen="He goes.",
+                                             rejected="He go."), "its input: prompt does not say"),
+    "a picture": (dict(prompt="What is it?", images=[{"path": "y"}], **TEXTS_OF_PAIR), "its images"),
+    "a text to read": (dict(question="Who?", context="Ann came.", **TEXTS_OF_PAIR), "its context: question"),
+    "the answer in the prompt": (dict(messages=[Q, G], **TEXTS_OF_PAIR), "that the assistant did not write"),
+    "no question": (dict(chosen=[G], rejected=[B]), "needs a message before it"),
+    "an answer that ends with the user": (dict(chosen=[Q, G, Q], rejected=[Q, B, Q]), "the role user"),
+    "messages as text": (dict(prompt=json.dumps([Q]), **TEXTS_OF_PAIR), "lists of messages are expected"),
+    "messages as Python's text": (dict(prompt="q", chosen=str([Q, G]), rejected=str([Q, B])), "as text"),
+    "a block that is none": (dict(prompt=[turn("user", ["q"])], **TURNS_OF_PAIR), "the block q"),
     "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "f("}], **TURNS_OF_PAIR), "JSON"),
 }
 
@@ -3366,7 +3477,7 @@ HIDES = EACH + "{% if m.role in ['user', 'assistant'] %}<{{ m.role }}>{{ m.conte
 @pytest.mark.parametrize("part, row", [
     ("system", conversation() | {"prompt": [S, Q]}),
     ("tool", conversation() | {"prompt": [Q, turn("assistant", "", tool_calls=None), turn("tool", "20")]}),
-    ("tool_calls", conversation() | {"prompt": [Q, turn("assistant", "", tool_calls=CALLS)]}),
+    ("tool_calls", conversation() | {"prompt": [Q, turn("assistant", "", tool_calls=CALLS), Q]}),
     ("tool_calls", conversation() | {"rejected": [turn("assistant", "", tool_calls=CALLS)]}),
     ("tools", conversation() | {"tools": [TOOL]}), ("tools", conversation() | {"tools": json.dumps([TOOL])})])
 def test_data_what_a_template_leaves_out_is_refused_by_name(part, row, tmp_path):

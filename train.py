@@ -25,6 +25,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -113,15 +114,16 @@ class Flags:
 
 # About this start of the program, not about the run: not recorded in train_config.json
 NOT_RECORDED = ("output_dir", "overwrite_output_dir", "resume", "config", "dry_run", "debug")
-POSITIVE = ("batch_size", "max_length", "max_prompt_length", "max_tokens", "logging_steps", "learning_rate",
-            "adam_epsilon", "num_train_epochs")
+POSITIVE = ("lora_alpha", "batch_size", "max_length", "max_prompt_length", "max_tokens", "logging_steps",
+            "learning_rate", "adam_epsilon", "num_train_epochs")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "warmup_ratio")
 # The demo's own defaults: a tiny model needs a larger rate, and shows more at a larger beta.
 DEMO = dict(learning_rate=2e-3, adam_beta2=0.98, beta=0.5, max_steps=500, max_length=64, logging_steps=50)
 DEMO_SHAPE = dict(model_type="llama", hidden_size=96, intermediate_size=256, num_hidden_layers=2,
                   num_attention_heads=4, max_position_embeddings=256,
                   tie_word_embeddings=True, architectures=["LlamaForCausalLM"])
-MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors*"]
+MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+               "model-?????-of-?????.safetensors"]
 # Peak dense bf16 operations per second, from the vendors' data sheets (H100: the SXM card)
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -185,9 +187,9 @@ def train(flags, checkpoint, device, report):
     seen = []  # indices of the pairs trained since the last training line, step by step
     clock = time.perf_counter()  # start of the steps since that line; a pause moves it on
 
-    steps = range(start, total + 1)  # a step's number is how many are done
-    # disable=None: the bar is for terminals
-    for step in tqdm(steps, "training", total, initial=start, unit=" steps", disable=RANK > 0 or None):
+    # A step's number is how many are done. disable=None: the bar is for terminals
+    for step in tqdm(range(start, total + 1), "training", total, initial=start, unit=" steps",
+                     disable=RANK > 0 or None):
         # Before each step and after the last one: an evaluation and a checkpoint, where they are due.
         pause = time.perf_counter()
         stop = received_signal(stop_signals)  # a signal's number, on any rank, or 0
@@ -464,7 +466,8 @@ def load_pairs(flags, tokenizer):
 def train_and_eval_pairs(flags, tokenizer):
     """The pairs of load_pairs. Where nothing is trained, each file of --eval_data is evaluated for itself."""
     if flags.max_steps == 0 and flags.eval_data:
-        eval_sets = {name: tokenize(flags, tokenizer, [name]) for name in flags.eval_data}
+        # a copy: what the rows of a file say of the template is for that file
+        eval_sets = {name: tokenize(flags, copy(tokenizer), [name]) for name in flags.eval_data}
         return eval_sets[flags.eval_data[0]], eval_sets  # the first in place of pairs to train on
     pairs = tokenize(flags, tokenizer, flags.data)
     if flags.eval_data:
@@ -596,7 +599,10 @@ def begin_files(flags, checkpoint, start):
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
         path.touch()
         kept = [line for line in read_lines(path) if line["step"] <= start]
-        path.write_text("".join(map(as_line, kept)), encoding="utf-8")
+        unfinished = path.with_suffix(".unfinished")  # a full disk or a kill may not cost what is there
+        with where(f"{path}: make room, then --resume"):
+            unfinished.write_text("".join(map(as_line, kept)), encoding="utf-8")
+            unfinished.rename(path)
 
 
 def recorded_flags(flags):
@@ -670,7 +676,8 @@ def evaluate(flags, model, pairs, device):
 def log_evaluation(flags, report, line):
     """A line of metrics.jsonl with eval_ metrics, also on the terminal and to --report_to."""
     append_line(flags, "metrics.jsonl", line)
-    report({"eval/" + key.removeprefix("eval_"): value for key, value in line.items()
+    group = line.get("eval_data", "eval")
+    report({f"{group}/{key.removeprefix('eval_')}": value for key, value in line.items()
             if isinstance(value, float)}, line["step"])
     shown = ", ".join(f"{label} {value:.3f}" for label, value in in_short(line).items())
     print0(f"eval {line['step']} | {shown}" + (f" | {line['eval_data']}" if "eval_data" in line else ""))
