@@ -587,7 +587,9 @@ FRAME = (
 )
 # Columns that can be part of what is asked, and are not read: what they say has to stand in the question.
 UNREAD = ("system_prompt", "system_message", "context", "documents", "image", "images", "audio", "video")
-TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+# [{"role": "user", "content": ...}], as JSON or Python writes it
+TURNS_AS_TEXT = re.compile(r"""(?si)\s*\[\s*\{(?=.*['"](content|value)['"]\s*:)"""
+                           r""".*['"](role|from)['"]\s*:\s*['"](system|user|human|assistant|gpt)['"]""")
 # Roles as data name them (in upper or lower case), and as templates do.
 ROLES = {
     "system": "system",
@@ -620,8 +622,8 @@ def read_pairs(sources, *, prompt_column="", as_conversation=False):
     """All rows of the given files or hub data sets, in order, the prompt always explicit.
 
     sources: a path or id, or a list of them; `id:split` picks a split other than train.  prompt_column:
-    where the prompt stands, before all columns of QUESTION; "none": nowhere.  as_conversation: rows of text
-    become turns. Returns a list of {"prompt", "chosen", "rejected"}, each a string or a list of
+    where the prompt stands, in place of the columns of QUESTION; "none": nowhere.  as_conversation: rows of
+    text become turns. Returns a list of {"prompt", "chosen", "rejected"}, each a string or a list of
     {"role", "content"} messages. Raises UserError with file and line where a row cannot be used.
     """
     rows = []
@@ -686,8 +688,8 @@ def files_of(source):
     for glob in (f"*{split}*", "*"):  # in a data set of one file it may have any name
         patterns = [glob + extension for extension in EXTENSIONS]
         root = Path(fetch(name, patterns=patterns, repo_type="dataset"))
-        paths = [path for path in sorted(root.rglob("*")) if path.name.endswith(EXTENSIONS)]
-        files = [str(path.relative_to(root)) for path in paths]
+        files = sorted(str(path.relative_to(root)) for path in root.rglob("*")
+                       if path.name.endswith(EXTENSIONS))
         found = [file for file in files if re.search(pattern, file)]
         if found:
             break
@@ -695,11 +697,10 @@ def files_of(source):
         found = files
     if not found:
         raise UserError(f"{source}: no files of split '{split}' among {files}; name one as {name}:SPLIT")
-    kinds = sorted({os.path.join(os.path.dirname(file).removesuffix(split), "*" + Path(file).suffix)
-                    for file in found})
+    kinds = sorted({os.path.join(os.path.dirname(file), "*" + Path(file).suffix) for file in found})
     if len(kinds) > 1:  # other data, or the same rows again
         raise UserError(f"{source}: '{split}' is in {kinds}; name one folder as {name}:FOLDER/{split}, or "
-                        "the files of one kind")
+                        "download them and name the files of one kind")
     return [str(root / file) for file in found]
 
 
@@ -759,7 +760,7 @@ def explicit_row(raw, prompt_column="", as_conversation=False):
     column = next((name for name in names if raw.get(name)), names[0])
     answers = max(ANSWERS, key=lambda both: raw.get(both[0]) is not None)  # of equals the first
     question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
-    if None in (chosen, rejected) or prompt_column not in ("", "none", *raw):
+    if None in (chosen, rejected) or not raw.get(prompt_column, prompt_column in ("", "none")):
         raise UserError(f"not a pair: chosen, rejected and {prompt_column or 'prompt (if not shared)'} as "
                         f"strings or lists of role/content messages; columns found: {', '.join(raw)}")
     if column == "instruction" and raw.get("input"):
@@ -786,15 +787,15 @@ def explicit_row(raw, prompt_column="", as_conversation=False):
             tools = json.loads(tools)
         row.template_options = {"tools": tools, **(raw.get("chat_template_kwargs") or {})}
     asked = without_space(question)
-    answered = without_space(chosen) + without_space(rejected)
-    for name in (*names, *UNREAD):
+    answered = without_space(chosen + rejected)
+    for name in (*names, *UNREAD * (not prompt_column)):
         with where(f"its {name}"):
             for turn in as_turns(raw.get(name), "user"):
-                if without_space([turn]) not in asked + answered * (turn["role"] == "assistant"):
+                if without_space([turn]) not in asked + answered * (not isinstance(raw[name], str)):
                     raise UserError(f"{column} does not say this; --prompt_column names what to ask, or none "
                                     "where the answers repeat it")
     row.update(prompt=question, chosen=chosen, rejected=rejected)
-    filled = ", ".join(dict.fromkeys(name for name in (*names, *answers, *frame) if raw.get(name)))
+    filled = ", ".join(name for name in (*names, *answers, *frame) if raw.get(name))
     kind = "text" if isinstance(question, str) else "conversations"
     row.form = f"{filled} as {kind}{', answers begin with the prompt' * repeated}"
     return row
@@ -804,11 +805,13 @@ def as_turns(value, role):
     """A column's value as role/content messages: text is what `role` says. Messages may be a single one, in
     ShareGPT's words, pairs of a question and its answer, or hold OpenAI's blocks of text."""
     if isinstance(value, str):
+        if TURNS_AS_TEXT.match(value):
+            raise UserError("its messages are written as text; lists of messages are expected")
         value = {"role": role, "content": value}
-    if not isinstance(value, list | None):
-        value = [value]
+    if not isinstance(value, list):
+        value = [value] if value else []
     messages = []
-    for turn in value or []:
+    for turn in value:
         if isinstance(turn, list):
             for text, speaker in zip(turn, ("user", "assistant")):
                 messages += as_turns(text, speaker)
@@ -868,8 +871,6 @@ def split_text(question, chosen, rejected):
     "\\n\\nAssistant:" after which no "\\n\\nHuman:" is shared (HH-RLHF); in other text at the last word
     boundary that both have. A question that both answers repeat is taken off them, if it is not so short
     that they may just begin like it."""
-    if any(map(TURNS_AS_TEXT.match, (question or "", chosen))):
-        raise UserError("its messages are written as text; lists of messages are expected")
     shared = os.path.commonprefix([chosen, rejected])
     end = 0
     if question is None:

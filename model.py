@@ -989,8 +989,8 @@ def find_tensors(directory, stem):
             if any(Path(name).name != name for name in names):
                 raise UserError("names files outside of its directory")
     elif not Path(directory, names[0]).exists():
-        raise UserError(f"no {names[0]} (a checkpoint of adapters has none, its run's directory does); pickled "
-                        "weights (.bin) can run code when loaded and are refused: convert them with "
+        raise UserError(f"no {names[0]} (a checkpoint of adapters has none, its run's directory does); "
+                        "pickled weights (.bin) can run code when loaded and are refused: convert them with "
                         "transformers, or take the hub's conversion: --revision refs/pr/N")
     found = {}
     for name in names:

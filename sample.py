@@ -22,8 +22,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (EXTENSIONS, Tokenizer, UserError, as_turns, conversation_text, decoded, explicit_row,
-                  raw_rows, where, with_bos)
+from data import (ANSWERS, EXTENSIONS, Tokenizer, UserError, as_turns, conversation_text, decoded,
+                  explicit_row, raw_rows, where, with_bos)
 from model import Cache, Transformer
 
 CHAT_HELP = "/new forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
@@ -35,6 +35,7 @@ class Flags:
     revision: str = ""  # branch, tag or commit of a hub id
     prompt: str = None  # one prompt: print its answer and end
     prompts: str = ""  # file of prompts: lines of text, or rows as train.py's --data has them
+    prompt_column: str = ""  # where a row's prompt stands, as for train.py; none: its answers share it
     output: str = ""  # where the answers to --prompts go, as .jsonl (default: standard output)
     raw: bool = False  # do not use the chat template
     system: str = ""  # system message before the prompt or chat, also before messages with one of their own
@@ -124,16 +125,15 @@ def continuations(model, prompts, max_new_tokens, stop_ids=(), **choice):
     return answers
 
 
-def prompt_ids(prompt, tokenizer, history=(), **options):
+def prompt_ids(prompt, tokenizer, history=(), options={}):
     """Ids of a prompt, a string or messages: through the chat template, after the messages of `history`; as
-    it stands where there is none.  options: more names for the template."""
+    it stands where there is none.  options: more names for the template, such as tools."""
     turns = as_turns(prompt, "user")
     text = turns[0]["content"]
     if tokenizer.chat_template:
-        options["add_generation_prompt"] = True
-        text = conversation_text([*history, *turns], options, tokenizer)
-    elif len(turns) > 1:
-        raise UserError("several messages need a chat template")
+        text = conversation_text([*history, *turns], options | {"add_generation_prompt": True}, tokenizer)
+    elif len(turns) > 1 or options.get("tools"):
+        raise UserError("several messages and tools need a chat template")
     return with_bos(tokenizer.encode(text), tokenizer)
 
 
@@ -206,15 +206,18 @@ def chat(model, tokenizer, opening, options):
                 print(f"{error} (/new starts afresh)", file=sys.stderr)
 
 
-def read_prompts(path):
+def read_prompts(path, prompt_column):
     """[(row, what train.py makes of it)] of a file: lines of text, or rows in any form that train.py reads;
     they need no answers."""
     prompts = []
     for place, raw in raw_rows(path):
         with where(f"{path}, {place}"):
-            is_text = not path.endswith(EXTENSIONS)
-            row = {"prompt": raw.decode("utf-8-sig").strip("\r\n")} if is_text else decoded(raw)
-            asked = explicit_row({"chosen": "", "rejected": ""} | row)
+            if path.endswith(EXTENSIONS):
+                row = decoded(raw)
+            else:
+                row = {"prompt": raw.decode("utf-8-sig").strip("\r\n")}
+            # Without answers: under the last names that they can have, so that a row's own come first
+            asked = explicit_row(dict.fromkeys(["rejected", *ANSWERS[-1]], "") | row, prompt_column)
             if not asked["prompt"]:
                 raise UserError(f"no prompt; columns found: {', '.join(row)}")
             prompts.append((row, asked))
@@ -228,7 +231,7 @@ def answer_file(model, tokenizer, prompts, opening, flags, options):
     with where(flags.prompts):
         ids = []
         for _, asked in prompts:
-            ids.append(prompt_ids(asked["prompt"], tokenizer, opening, **asked.template_options))
+            ids.append(prompt_ids(asked["prompt"], tokenizer, opening, asked.template_options))
         check_prompts(model, ids)
     with where(f"--output {flags.output}"):
         # by lines: what is answered stays, whatever happens to the rest
@@ -311,11 +314,13 @@ def sampling_options(model, flags):
 def main(arguments):
     """Generate as the command line says. Raises UserError."""
     flags = parse_flags(arguments)
-    prompts = read_prompts(flags.prompts) if flags.prompts else []  # before the model: mistakes show at once
+    prompts = []
+    if flags.prompts:  # before the model: mistakes show at once
+        prompts = read_prompts(flags.prompts, flags.prompt_column)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Transformer.outline(flags.model, revision=flags.revision).requires_grad_(False)
     tokenizer = Tokenizer.from_pretrained(flags.model, revision=flags.revision)
-    model.load(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    model.load(device, torch.bfloat16 if device == "cuda" else torch.float32)
     if flags.raw:
         tokenizer.chat_template = None  # a prompt as it stands
     if flags.system and not tokenizer.chat_template:

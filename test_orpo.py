@@ -3145,9 +3145,12 @@ def test_sample_file_is_answered_in_its_order_as_one_by_one(model, tmp_path, mon
     put(tmp_path / "eval.jsonl", [{"instruction": questions[1]}])  # AlpacaEval's name
     ask(**common, prompts=tmp_path / "eval.jsonl", output=tmp_path / "b.jsonl")
     assert lines(tmp_path, "b.jsonl") == [dict(instruction=questions[1], answer=shown[1]["answer"])]
-    put(tmp_path / "list.txt", "[INST] hi\n")  # not JSON, whatever it begins with
+    put(tmp_path / "list.txt", "[INST] hi \n")  # not JSON, whatever it begins with; its space stays
     ask(**common, prompts=tmp_path / "list.txt", output=tmp_path / "d.jsonl")
-    assert [row["prompt"] for row in lines(tmp_path, "d.jsonl")] == ["[INST] hi"]
+    assert [row["prompt"] for row in lines(tmp_path, "d.jsonl")] == ["[INST] hi "]
+    put(tmp_path / "column.jsonl", [{"prompt": "no", "ask": questions[1]}])
+    ask(**common, prompts=tmp_path / "column.jsonl", prompt_column="ask", output=tmp_path / "e.jsonl")
+    assert lines(tmp_path, "e.jsonl") == [dict(prompt="no", ask=questions[1], answer=shown[1]["answer"])]
     put(tmp_path / "half.jsonl", '{"prompt": "\\ud83d"}')  # half a surrogate pair
     ask(**common, prompts=tmp_path / "half.jsonl", output=tmp_path / "c.jsonl")
     assert [row["prompt"] for row in lines(tmp_path, "c.jsonl")] == ["?"]
@@ -3162,7 +3165,9 @@ def test_sample_asks_a_file_to_train_on_as_it_was_trained(tmp_path, monkeypatch)
     rows = [conversation(), conversation() | {"tools": [TOOL]},
             dict(chosen=[Q, G, Q, G], rejected=[Q, G, Q, B]),
             dict(instruction="Do.", input="in", history=[["a", "b"]], **TEXTS_OF_PAIR),
-            dict(question="q", system="s", **TEXTS_OF_PAIR)]
+            dict(question="q", system="s", **TEXTS_OF_PAIR),
+            dict(prompt="q", preferred_output=[S, Q, G], non_preferred_output=[S, Q, B]),
+            dict(chosen_response=[Q, G, Q, G], rejected_response=[Q, G, Q, B], chosen=None, answer="5")]
     for path in (put(tmp_path / "rows.jsonl", rows), put(tmp_path / "rows.json", json.dumps(rows))):
         pairs = tokenize_pairs(read_pairs(path), tokenizer)
         asked = []
@@ -3266,6 +3271,8 @@ BAD_RUNS = {  # name: files written first, flags, what the line names
     "sample: broken JSON": ({"p.jsonl": '{"prompt": "x"}\n{"prompt": \n'}, {}, "p.jsonl.* line 2"),
     "sample: a list of numbers": ({"p.json": '[\n 1\n]'}, dict(prompts="p.json"), "p.json, row 1: .* object"),
     "sample: no prompt": ({"p.jsonl": [{"text": "x"}]}, {}, "line 1: no prompt; columns found: text"),
+    "sample: tools, no template": (
+        {"p.jsonl": [{"prompt": "x", "tools": [{}]}]}, dict(raw=True), "p.jsonl: .*tools need a chat"),
     "sample: turns, no template": ({"p.jsonl": [{"prompt": [Q, G, Q]}]}, dict(raw=True), "p.jsonl: several"),
     "sample: a template without system": (
         {"p.jsonl": [PAIR], "model/chat_template.jinja": "{{ messages[-1].content }}|"}, dict(system="y"),
@@ -3319,6 +3326,11 @@ CALLING = turn("assistant", None, tool_calls=CALLS)
 TEXTS_OF_PAIR = dict(chosen="good", rejected="bad")
 TURNS_OF_PAIR = dict(chosen=[G], rejected=[B])
 MORE_FORMS = {  # name: a row as people have it, then prompt, chosen, rejected as read_pairs gives it
+    "answers that are JSON": (dict(prompt="q", chosen='[{"role": "admin"}]', rejected='[{"value": 1}]'), "q",
+                              '[{"role": "admin"}]', '[{"value": 1}]'),
+    "turns of the answer among the messages": (
+        dict(messages=[Q, G, Q, G], chosen=[Q, G, Q, G], rejected=[Q, B, Q, B]), [Q], [G, Q, G], [B, Q, B]),
+    "columns that say nothing": (PAIR | dict(context="", image=False, input=False), *PAIR.values()),
     "system beside text": (dict(system="s", prompt="q", **TEXTS_OF_PAIR), [S, Q], [G], [B]),
     "system_prompt": (dict(system_prompt="s", question="q", **TEXTS_OF_PAIR), [S, Q], [G], [B]),
     "system as turns": (dict(system=[S], prompt=[Q], **TURNS_OF_PAIR), [S, Q], [G], [B]),
@@ -3425,10 +3437,17 @@ BAD_ROWS = {  # what is wrong: a row, and what the line says
     "no question": (dict(chosen=[G], rejected=[B]), "needs a message before it"),
     "an answer that ends with the user": (dict(chosen=[Q, G, Q], rejected=[Q, B, Q]), "the role user"),
     "messages as text": (dict(prompt=json.dumps([Q]), **TEXTS_OF_PAIR), "lists of messages are expected"),
+    "messages as text, answers not": (dict(prompt=json.dumps([Q]), **TURNS_OF_PAIR), "lists of messages"),
+    "ShareGPT's": (dict(prompt="q", chosen='[{"value": "a", "from": "gpt"}]', rejected="b"), "as text"),
     "messages as Python's text": (dict(prompt="q", chosen=str([Q, G]), rejected=str([Q, B])), "as text"),
     "a block that is none": (dict(prompt=[turn("user", ["q"])], **TURNS_OF_PAIR), "the block q"),
     "broken call": (dict(prompt=[Q, {"from": "function_call", "value": "f("}], **TURNS_OF_PAIR), "JSON"),
 }
+
+
+for column in data.UNREAD[3:]:
+    for value in ("x", ["x"], {"path": "x"}):
+        BAD_ROWS[f"{column}: {value}"] = (PAIR | {column: value}, f"its {column}: ")
 
 
 @pytest.mark.parametrize("wrong", BAD_ROWS)
@@ -3436,6 +3455,15 @@ def test_data_rows_that_would_lose_something_are_refused_by_name(wrong, tmp_path
     row, expected = BAD_ROWS[wrong]
     with pytest.raises(UserError, match=rf"a\.jsonl, line 1: .*{expected}"):
         read_pairs(put(tmp_path / "a.jsonl", [row]))
+
+
+def test_data_a_prompt_column_is_the_only_one(tmp_path):
+    row = PAIR | {"question": "x?", "context": "y"}
+    [read] = read_pairs(put(tmp_path / "a.jsonl", [row]), prompt_column="question")
+    assert read["prompt"] == "x?"
+    for empty in ("", None):
+        with pytest.raises(UserError, match="a.jsonl, line 1: not a pair: chosen, rejected and question"):
+            read_pairs(put(tmp_path / "a.jsonl", [row | {"question": empty}]), prompt_column="question")
 
 
 def test_data_a_prompt_column_that_no_row_has_is_refused_with_those_it_has(tmp_path):

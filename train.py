@@ -483,7 +483,6 @@ def train_and_eval_pairs(flags, tokenizer):
 
 def tokenize(flags, tokenizer, sources):
     """The Pairs of some files or hub data sets, or the demo's if there are none."""
-    show_progress = sys.stderr.isatty()
     if sources:
         files = data.find_files(sources)
         rows = data.read_pairs(files, prompt_column=flags.prompt_column,
@@ -493,9 +492,9 @@ def tokenize(flags, tokenizer, sources):
         rows = data.demo_pairs(6000)
         name = "the demo"
     reading = data.adopt_template(tokenizer, rows, flags.chat_template)
-    lengths = dict(max_length=flags.max_length, max_prompt_length=flags.max_prompt_length,
-                   truncation_mode=flags.truncation_mode)
-    pairs = data.tokenize_pairs(rows, tokenizer, **lengths, progress=show_progress)
+    pairs = data.tokenize_pairs(
+        rows, tokenizer, max_length=flags.max_length, max_prompt_length=flags.max_prompt_length,
+        truncation_mode=flags.truncation_mode, progress=sys.stderr.isatty())
     print0(f"{name}: {reading}\n  {pairs.report}")
     return pairs
 
