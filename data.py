@@ -214,7 +214,7 @@ def conversation_text(turns, options, tokenizer):
         with suppress(UserError):  # a template that refuses these tells them apart
             same = tokenizer.apply_chat_template(others, **{**options, part: None}) == text
         if same:
-            raise UserError(f"the chat template leaves out {part}; --chat_template names another")
+            raise UserError(f"the chat template leaves out {part}; train.py's --chat_template names another")
     return text
 
 
@@ -585,7 +585,8 @@ FRAME = (
     "tools",  # a list for the template, also as JSON
     "chat_template_kwargs",  # more names for the template
 )
-# Columns that can be part of what is asked, and are not read: what they say has to stand in the question.
+# Columns that can be part of what is asked, and are not read (system_prompt only where there is no system):
+# what they say has to stand in the question, unless --prompt_column says what the question is.
 UNREAD = ("system_prompt", "system_message", "context", "documents", "image", "images", "audio", "video")
 # [{"role": "user", "content": ...}], as JSON or Python writes it
 TURNS_AS_TEXT = re.compile(r"""(?si)\s*\[\s*\{(?=.*['"](content|value)['"]\s*:)"""
@@ -756,11 +757,13 @@ def explicit_row(raw, prompt_column="", as_conversation=False):
     """A row, in any of the supported forms -> Row."""
     if isinstance(raw.get("input"), dict):
         raw = {**raw, **raw["input"], "input": None}
-    names = {"": QUESTION, "none": [None]}.get(prompt_column, [prompt_column])
+    names = [prompt_column] if prompt_column else QUESTION
+    if prompt_column == "none":
+        names = [None]
     column = next((name for name in names if raw.get(name)), names[0])
     answers = max(ANSWERS, key=lambda both: raw.get(both[0]) is not None)  # of equals the first
     question, chosen, rejected = [raw.get(name) for name in (column, *answers)]
-    if None in (chosen, rejected) or not raw.get(prompt_column, prompt_column in ("", "none")):
+    if None in (chosen, rejected) or (prompt_column and column and not question):
         raise UserError(f"not a pair: chosen, rejected and {prompt_column or 'prompt (if not shared)'} as "
                         f"strings or lists of role/content messages; columns found: {', '.join(raw)}")
     if column == "instruction" and raw.get("input"):
@@ -791,9 +794,9 @@ def explicit_row(raw, prompt_column="", as_conversation=False):
     for name in (*names, *UNREAD * (not prompt_column)):
         with where(f"its {name}"):
             for turn in as_turns(raw.get(name), "user"):
+                # messages may be the whole conversation, but text is a question's
                 if without_space([turn]) not in asked + answered * (not isinstance(raw[name], str)):
-                    raise UserError(f"{column} does not say this; --prompt_column names what to ask, or none "
-                                    "where the answers repeat it")
+                    raise UserError(f"{column} does not say this; --prompt_column says what to ask, or none")
     row.update(prompt=question, chosen=chosen, rejected=rejected)
     filled = ", ".join(name for name in (*names, *answers, *frame) if raw.get(name))
     kind = "text" if isinstance(question, str) else "conversations"

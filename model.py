@@ -407,10 +407,11 @@ class TargetLogps(torch.autograd.Function):
         db = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         with torch.autocast(h.device.type, enabled=False):
             for rows in chunks(h, w):
-                d = ctx.kept.pop(0) if ctx.kept else vocabulary_logps(h[rows], w, bias)  # (rows, V)
+                # (rows, V): log-probabilities, which become, in place, the gradient of the logits
+                d = ctx.kept.pop(0) if ctx.kept else vocabulary_logps(h[rows], w, bias)
                 d.exp_()
                 d[torch.arange(len(d), device=d.device), targets[rows]] -= 1
-                d *= -grad[rows, None]  # the gradient of the logits: (onehot - softmax) * grad
+                d *= -grad[rows, None]  # (onehot - softmax) * grad
                 if db is not None:
                     db += d.sum(0)
                 d = d.to(h.dtype)
@@ -989,9 +990,9 @@ def find_tensors(directory, stem):
             if any(Path(name).name != name for name in names):
                 raise UserError("names files outside of its directory")
     elif not Path(directory, names[0]).exists():
-        raise UserError(f"no {names[0]} (a checkpoint of adapters has none, its run's directory does); "
-                        "pickled weights (.bin) can run code when loaded and are refused: convert them with "
-                        "transformers, or take the hub's conversion: --revision refs/pr/N")
+        raise UserError(f"no {names[0]} (with adapters the model is in the run's directory, not in its "
+                        "checkpoints); pickled weights (.bin) can run code when loaded and are refused: "
+                        "convert them with transformers, or take the hub's conversion: --revision refs/pr/N")
     found = {}
     for name in names:
         path = Path(directory, name)

@@ -294,8 +294,8 @@ def parse_flags(arguments):
         parser.error("--prompt and --prompts: give one of the two")
     if (flags.top_p or 0) > 1:
         parser.error("--top_p must be at most 1")
-    if flags.output and not flags.prompts:
-        parser.error("--output is for the answers to --prompts, which is missing")
+    if (flags.output or flags.prompt_column) and not flags.prompts:
+        parser.error("--output and --prompt_column go with --prompts, which is missing")
     return flags
 
 

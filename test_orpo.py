@@ -2509,7 +2509,7 @@ def test_train_resume_on_a_full_disk_keeps_the_lines(whole, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         patched.setattr(train, "write_json", lambda path, value: None)
-        with pytest.raises(UserError, match="metrics.jsonl: make room, then --resume"):
+        with pytest.raises(UserError, match="out could not be written to; make room, then --resume"):
             run(out, resume=True)
     assert (out / "metrics.jsonl").read_bytes() == kept
     run(out, resume=True)
@@ -3236,6 +3236,7 @@ BAD_FLAGS = {  # the message names the first word, or what is behind the arrow
         --seed many
         --max_new_tokens 0
         --output x
+        --prompt_column x
         --prompts y --prompt x"""}
 BAD_WORDS = []
 for module, listed in BAD_FLAGS.items():

@@ -59,7 +59,7 @@ class Flags:
     data: list = ()  # preference pairs: .jsonl, .jsonl.gz, .json, .parquet files, or hub ids, id[:split]
     eval_data: list = ()  # pairs to evaluate on, in the same forms
     eval_pairs: int = None  # held out of --data (default: a tenth, at most 200; none with --eval_data)
-    prompt_column: str = ""  # column of the prompt, if not one of the usual; none: the answers share it
+    prompt_column: str = ""  # column of the prompt, in place of all usual ones; none: the answers share it
     as_conversation: bool = False  # rows of text become a user's turn and an answer
     chat_template: str = ""  # file with a jinja template, in place of the model's own
     max_length: int = 1024  # tokens of the longest prompt + response
@@ -594,12 +594,12 @@ def begin_files(flags, checkpoint, start):
         return
     if not checkpoint:
         remove_run(out)
-    write_json(out / "train_config.json", recorded_flags(flags))
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-        path.touch()
-        kept = [line for line in read_lines(path) if line["step"] <= start]
-        unfinished = path.with_suffix(".unfinished")  # a full disk or a kill may not cost what is there
-        with where(f"{path}: make room, then --resume"):
+    with where(f"{out} could not be written to; make room, then --resume"):
+        write_json(out / "train_config.json", recorded_flags(flags))
+        for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+            path.touch()
+            kept = [line for line in read_lines(path) if line["step"] <= start]
+            unfinished = path.with_suffix(".unfinished")  # a full disk or a kill may not cost what is there
             unfinished.write_text("".join(map(as_line, kept)), encoding="utf-8")
             unfinished.rename(path)
 
